@@ -1,0 +1,1 @@
+"""What every part shares: values, errors, configuration, wire conversion, the session store, rpc plumbing."""

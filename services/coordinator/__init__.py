@@ -1,0 +1,1 @@
+"""The coordinator: decode loop, sessions, tokenization, servicer and server. No torch."""

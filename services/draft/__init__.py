@@ -1,0 +1,1 @@
+"""The draft worker: its sequences, servicer and server."""

@@ -1,0 +1,1 @@
+"""The target worker: scheduler, core, servicer and server."""
