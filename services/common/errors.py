@@ -1,12 +1,13 @@
 """The exception tree. One interceptor maps it to gRPC status codes and google.rpc.ErrorInfo; nothing else does.
 
     OutriderError                         code, reason, retry_after_ms, metadata
-    ├── InvalidArgument                   INVALID_PARAMETER, PROMPT_TOO_LONG, REQUEST_MISMATCH, UNDECODABLE; names the field
+    ├── InvalidArgument                   INVALID_PARAMETER, PROMPT_TOO_LONG, REQUEST_MISMATCH, UNDECODABLE
     ├── NotFound                          UNKNOWN_SESSION, UNKNOWN_MODEL
     ├── FailedPrecondition                VOCAB_MISMATCH, MODEL_MISMATCH, MODEL_CHANGED, SESSION_CLOSED, UNSUPPORTED
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
     ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL (retriable), TOO_LONG_FOR_POOL (not)
-    ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT, STREAM_BROKEN
+    ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
+    │                                     STREAM_BROKEN
     ├── DeadlineExceeded                  DEADLINE
     ├── Unauthenticated                   BAD_CREDENTIALS
     ├── DataLoss                          TOKENS_LOST

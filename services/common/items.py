@@ -74,7 +74,7 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Asks the target for `num_free_tokens` tokens without a draft, answered one by one; 0 interrupts a running Decode."""
+    """Asks the target for `num_free_tokens` tokens without a draft, answered one by one; 0 interrupts a running one."""
 
     identity: Identity
     num_free_tokens: int

@@ -111,7 +111,7 @@ class TopLogProbs:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Identity of a loaded model. `vocab_digest` is empty for drafters that propose ids of the sequence they are given."""
+    """Identity of a loaded model; the digests are SHA-256 in hexadecimal."""
 
     name: str
     digest: str

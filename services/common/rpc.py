@@ -1,0 +1,242 @@
+"""gRPC plumbing that every service and client shares: channel and server options, errors on the wire, a server's life.
+
+Owns: the only mapping between the exception tree and gRPC status codes, and the decoding of raw request bytes.
+Must not know: what any service does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from services.common.errors import (
+    ERROR_DOMAIN,
+    ERRORS_BY_CODE,
+    Internal,
+    InvalidArgument,
+    OutriderError,
+    Unavailable,
+)
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Message)
+
+MAX_WORKER_MESSAGE_BYTES = 4 * 1024 * 1024
+MAX_PUBLIC_MESSAGE_BYTES = 16 * 1024 * 1024
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def channel_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """Keepalive of 5 s with 3 s timeout; messages up to `max_message_bytes`; reconnects within 2 s."""
+    return [
+        *_KEEPALIVE,
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """As the channels'; permits their keepalive pings; two servers never share a port."""
+    return [
+        *_KEEPALIVE,
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def status_from_error(error: OutriderError) -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo (reason, domain), plus BadRequest where a field is named, RetryInfo where a retry may
+    help."""
+    status = status_pb2.Status(code=error.code, message=error.message)
+    metadata = dict(error.metadata, **({"field": error.field} if error.field else {}))
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_ms:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(error.retry_after_ms)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
+    """The exception that a server raised, rebuilt from the status; a transport's own failure becomes STREAM_BROKEN or such."""
+    code, text = error.code().value[0], error.details() or error.code().name
+    status = rpc_status.from_call(error)
+    reason, metadata, field, retry_after_ms = "", {}, None, None
+    for detail in status.details if status else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+            field = metadata.pop("field", None)
+        elif detail.Unpack(retry):
+            retry_after_ms = retry.retry_delay.ToMilliseconds()
+    if not reason:
+        reason = "STREAM_BROKEN" if code == Unavailable.code else error.code().name
+    kind = ERRORS_BY_CODE.get(code, Internal)
+    return kind(reason, text, field=field, retry_after_ms=retry_after_ms, metadata=metadata)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderError) -> None:
+    """Ends the call with the error's status. Always raises."""
+    status = rpc_status.to_status(status_from_error(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+# --- Servicers ------------------------------------------------------------------------------------------------------
+
+
+def add_service(server: grpc.aio.Server, descriptor: ServiceDescriptor, servicer: object) -> None:
+    """Registers `servicer`, an object with one coroutine or async generator method for each RPC of the service.
+
+    Messages are decoded here, so that an undecodable one is INVALID_ARGUMENT/UNDECODABLE; an OutriderError that a method
+    raises becomes its status; any other exception is logged and becomes INTERNAL/DEFECT.
+    """
+    handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
+
+
+def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    decode = _decoder(GetMessageClass(method.input_type))
+
+    async def unary(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with _errors_to_status(method.full_name, context):
+            return await behaviour(decode(request), context)
+
+    async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async with _errors_to_status(method.full_name, context):
+            incoming = _decoded(request, decode) if method.client_streaming else decode(request)
+            async with contextlib.aclosing(behaviour(incoming, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    serialize = _serialize
+    if method.client_streaming and method.server_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream, None, serialize)  # type: ignore[arg-type]
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(stream, None, serialize)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(unary, None, serialize)  # type: ignore[arg-type]
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _decoder(kind: type[M]) -> Callable[[bytes], M]:
+    def decode(data: bytes) -> M:
+        try:
+            return kind.FromString(data)
+        except DecodeError as error:
+            raise InvalidArgument(
+                "UNDECODABLE", f"the bytes sent are no {kind.DESCRIPTOR.full_name}: {error}", field="message"
+            ) from None
+
+    return decode
+
+
+async def _decoded(requests: AsyncIterator[bytes], decode: Callable[[bytes], M]) -> AsyncIterator[M]:
+    async for request in requests:
+        yield decode(request)
+
+
+@contextlib.asynccontextmanager
+async def _errors_to_status(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    try:
+        yield
+    except OutriderError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("%s failed", method)
+        await abort(context, Internal("DEFECT", "internal error; the server's log has the detail"))
+
+
+# --- A server's life ------------------------------------------------------------------------------------------------
+
+
+class GrpcServer:
+    """A gRPC server with health and, optionally, reflection. Async context manager: started on enter, stopped on exit.
+
+    Health: "" is SERVING from the start (alive), the services' names are NOT_SERVING until `set_ready(True)`.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES,
+        reflect: bool = True,
+        stop_grace_s: float = 1.0,
+    ) -> None:
+        self._server = grpc.aio.server(options=server_options(max_message_bytes))
+        self._health = health.aio.HealthServicer()
+        self._names: list[str] = []
+        self._reflect = reflect
+        self._stop_grace_s = stop_grace_s
+        self._address = f"{host}:{port}"
+        self.port = 0
+        """The bound port, once started."""
+
+    def add(self, descriptor: ServiceDescriptor, servicer: object) -> None:
+        """Registers a service; call before entering."""
+        add_service(self._server, descriptor, servicer)
+        self._names.append(descriptor.full_name)
+
+    async def __aenter__(self) -> GrpcServer:
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._reflect:
+            names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, self._server)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.set_ready(False)
+        try:
+            self.port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: {error}") from None
+        await self._server.start()
+        return self
+
+    async def set_ready(self, ready: bool) -> None:
+        """What the health service says of the registered services."""
+        serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, serving)
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._server.stop(self._stop_grace_s)
