@@ -74,8 +74,7 @@ def server_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[tu
 
 
 def status_from_error(error: OutriderError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo (reason, domain), plus BadRequest where a field is named, RetryInfo where a retry may
-    help."""
+    """google.rpc.Status with ErrorInfo; plus BadRequest where a field is named, RetryInfo where a retry may help."""
     status = status_pb2.Status(code=error.code, message=error.message)
     metadata = dict(error.metadata, **({"field": error.field} if error.field else {}))
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)]
@@ -94,9 +93,9 @@ def status_from_error(error: OutriderError) -> status_pb2.Status:
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
-    """The exception that a server raised, rebuilt from the status; a transport's own failure becomes STREAM_BROKEN or such."""
+    """The exception that a server raised, rebuilt from the status; a transport's own failure becomes STREAM_BROKEN."""
     code, text = error.code().value[0], error.details() or error.code().name
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # only its three accessors are used
     reason, metadata, field, retry_after_ms = "", {}, None, None
     for detail in status.details if status else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -123,8 +122,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderErro
 def add_service(server: grpc.aio.Server, descriptor: ServiceDescriptor, servicer: object) -> None:
     """Registers `servicer`, an object with one coroutine or async generator method for each RPC of the service.
 
-    Messages are decoded here, so that an undecodable one is INVALID_ARGUMENT/UNDECODABLE; an OutriderError that a method
-    raises becomes its status; any other exception is logged and becomes INTERNAL/DEFECT.
+    Messages are decoded here, so that an undecodable one is INVALID_ARGUMENT/UNDECODABLE. An OutriderError that a
+    method raises becomes its status; any other exception is logged and becomes INTERNAL/DEFECT.
     """
     handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
@@ -146,10 +145,10 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.Rp
 
     serialize = _serialize
     if method.client_streaming and method.server_streaming:
-        return grpc.stream_stream_rpc_method_handler(stream, None, serialize)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(stream, None, serialize)  # type: ignore[arg-type]
-    return grpc.unary_unary_rpc_method_handler(unary, None, serialize)  # type: ignore[arg-type]
+        return grpc.unary_stream_rpc_method_handler(stream, None, serialize)
+    return grpc.unary_unary_rpc_method_handler(unary, None, serialize)
 
 
 def _serialize(message: Message) -> bytes:

@@ -266,7 +266,7 @@ class OpenAssembler:
         self._pieces: dict[tuple[str, int, int], bytearray] = {}
 
     def add(self, message: worker_pb2.OpenItem) -> Open | None:
-        """The complete Open with the last piece, else None. Raises InvalidArgument for a malformed or too long prefix."""
+        """The complete Open with the last piece, else None. Raises InvalidArgument for a bad or too long prefix."""
         identity = identity_from_proto(message.identity)
         key = (identity.session_id, identity.lease_epoch, identity.attempt)
         data = self._pieces.pop(key, None) or bytearray()

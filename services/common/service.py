@@ -1,0 +1,58 @@
+"""The life of a service process: logging, readiness, signals, draining.
+
+Owns: what SIGTERM and SIGINT mean, and the line that tells a launcher that the service is ready.
+Must not know: what the service serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def setup_logging(level: str) -> None:
+    """Logs go to standard error; standard output carries the ready line only."""
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=LOG_FORMAT, force=True)
+
+
+def announce_ready(service: str, port: int, **more: str | int | float) -> None:
+    """One JSON object on one line of standard output: {"event": "ready", "service": ..., "port": ...}."""
+    print(json.dumps({"event": "ready", "service": service, "port": port, **more}), flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets. The first signal removes the handlers, so that a second ends the process."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def on_signal() -> None:
+        stop.set()
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def wait_until(condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.05) -> bool:
+    """Whether `condition` came true within `timeout_s`."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not condition():
+        if asyncio.get_running_loop().time() >= deadline:
+            return False
+        await asyncio.sleep(interval_s)
+    return True

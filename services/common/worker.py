@@ -1,0 +1,187 @@
+"""What both kinds of worker do on the wire: describe themselves, and join a stream of items to the engine thread.
+
+Owns: the life of one stream's connection. Must not know: which items there are (codecs are given), torch. The engine is seen through a protocol, so that this module stands on common alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from outrider.v1 import worker_pb2
+
+from services.common import wire
+from services.common.errors import OutriderError, ResourceExhausted, Unavailable
+from services.common.items import Close, Refused
+from services.common.values import WorkerInfo, WorkerLoad
+
+Item = TypeVar("Item")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+MAX_UNREAD_RESULTS = 65_536
+"""A coordinator that leaves more results unread loses the stream."""
+
+
+class Connection(Protocol):
+    """One stream's side of the engine thread."""
+
+    def submit(self, items: Sequence[Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What a servicer sees of services.engine.engine_thread.EngineThread."""
+
+    def connect(self, deliver: Callable[[list[Any], WorkerLoad], None]) -> Connection: ...
+
+    @property
+    def load(self) -> WorkerLoad: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Worker:
+    """A loaded worker."""
+
+    engine: Engine
+    info: WorkerInfo
+
+
+class WorkerState:
+    """A worker from its start on: first loading, then ready, in the end draining."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._draining = False
+
+    def set_ready(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def set_draining(self) -> None:
+        self._draining = True
+
+    def get(self) -> Worker:
+        """Raises Unavailable/STARTING until the model is loaded."""
+        if self._worker is None:
+            raise Unavailable("STARTING", "the worker is loading its model", retry_after_ms=500)
+        return self._worker
+
+    def load_of(self, load: WorkerLoad) -> WorkerLoad:
+        return dataclasses.replace(load, draining=self._draining)
+
+    @property
+    def num_sequences(self) -> int:
+        return self._worker.engine.load.num_sequences if self._worker else 0
+
+
+class WorkerServicer:
+    """outrider.v1.WorkerService."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
+
+    async def GetWorkerInfo(
+        self, request: worker_pb2.GetWorkerInfoRequest, context: object
+    ) -> worker_pb2.GetWorkerInfoResponse:
+        worker = self._state.get()
+        load = self._state.load_of(worker.engine.load)
+        return wire.info_to_proto(dataclasses.replace(worker.info, load=load))
+
+
+class ItemStream(Generic[Request, Response, Item]):
+    """Serves one bidirectional stream: requests become items for the engine, results become responses.
+
+    `decode` gives a request's items and the refusals of malformed ones; `encode` one response for many results.
+    Ends when the coordinator ends it; whatever the reason, the connection is closed and its sequences are freed.
+    """
+
+    def __init__(
+        self,
+        state: WorkerState,
+        decode: Callable[[Request, wire.OpenAssembler], tuple[list[Item], list[Refused]]],
+        encode: Callable[[list[Any], WorkerLoad], Response],
+    ) -> None:
+        self._state = state
+        self._decode = decode
+        self._encode = encode
+
+    async def serve(self, requests: AsyncIterator[Request]) -> AsyncIterator[Response]:
+        worker = self._state.get()
+        info = worker.info
+        loop = asyncio.get_running_loop()
+        outbox = _Outbox()
+
+        def deliver(results: list[Any], load: WorkerLoad) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
+                loop.call_soon_threadsafe(outbox.put, results)
+
+        connection = worker.engine.connect(deliver)
+        opens = wire.OpenAssembler(info.max_sequence_len, info.max_sequences)
+        reader = asyncio.create_task(self._read(requests, connection, opens, outbox))
+        try:
+            while (results := await outbox.take()) is not None:
+                yield self._encode(results, self._state.load_of(worker.engine.load))
+        finally:
+            connection.close()
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+    async def _read(
+        self,
+        requests: AsyncIterator[Request],
+        connection: Connection,
+        opens: wire.OpenAssembler,
+        outbox: _Outbox,
+    ) -> None:
+        try:
+            async for request in requests:
+                items, refused = self._decode(request, opens)
+                try:
+                    connection.submit(items)
+                except ResourceExhausted as error:
+                    refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]  # type: ignore[attr-defined]
+                    connection.submit([item for item in items if isinstance(item, Close)])
+                if refused:
+                    outbox.put(refused)
+            outbox.end(None)
+        except OutriderError as error:
+            outbox.end(error)
+
+
+class _Outbox:
+    """Results on their way to one coordinator. Touched by the event loop only."""
+
+    def __init__(self) -> None:
+        self._results: list[Any] = []
+        self._wakeup = asyncio.Event()
+        self._ended = False
+        self._error: OutriderError | None = None
+
+    def put(self, results: list[Any]) -> None:
+        self._results += results
+        if len(self._results) > MAX_UNREAD_RESULTS:
+            self.end(ResourceExhausted("QUEUE_FULL", f"more than {MAX_UNREAD_RESULTS} results are unread"))
+        self._wakeup.set()
+
+    def end(self, error: OutriderError | None) -> None:
+        self._ended, self._error = True, self._error or error
+        self._wakeup.set()
+
+    async def take(self) -> list[Any] | None:
+        """All that waits, at least one result; None at the end. Raises the error that ended the stream."""
+        while not self._results:
+            if self._error:
+                raise self._error
+            if self._ended:
+                return None
+            self._wakeup.clear()
+            await self._wakeup.wait()
+        if self._error:
+            raise self._error
+        results, self._results = self._results, []
+        return results

@@ -1,0 +1,59 @@
+"""The settings that draft and target workers share.
+
+Owns: their names, defaults and limits. Must not know: what a worker does with them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from services.common.config import setting
+from services.common.errors import ConfigError
+from services.common.values import MAX_DRAFT_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Settings of a worker. Raises ConfigError for values out of range."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(0, "Port to listen on; 0 takes a free one.")
+    model: str = setting("sample", "`sample`, a Hugging Face id, a directory, a GGUF file, or `simulated`.")
+    model_name: str = setting("", "Name that requests use; empty derives it from the model.")
+    dtype: str = setting("float32", "Floating point type.", choices=("float32", "bfloat16", "float16"))
+    device: str = setting("cpu", "`cpu` or `cuda`.")
+    threads: int = setting(0, "Threads of the forward on CPU; 0 takes one a core.")
+    block_size: int = setting(16, "Tokens of a block of the KV pool.")
+    num_blocks: int = setting(0, "Blocks of the KV pool; 0 takes what kv_memory_mb holds.")
+    kv_memory_mb: int = setting(1024, "Memory of the KV pool in MiB, where num_blocks is 0.")
+    max_sequences: int = setting(256, "Most sequences open at once.")
+    max_sequence_len: int = setting(0, "Most tokens of a sequence, prompt included; 0 takes the model's own.")
+    max_draft_tokens: int = setting(MAX_DRAFT_TOKENS, "Most draft tokens of a round.")
+    max_queued_items: int = setting(4096, "Most items that may wait for the engine.")
+    prefill_budget: int = setting(512, "Most prompt tokens of one step.")
+    drain_s: float = setting(30.0, "Seconds that open sequences get after SIGTERM.")
+    reflection: bool = setting(True, "Serve gRPC reflection.")
+    log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        limits = {
+            "port": (0, 65_535),
+            "threads": (0, 1024),
+            "block_size": (1, 256),
+            "num_blocks": (0, 1 << 24),
+            "kv_memory_mb": (1, 1 << 24),
+            "max_sequences": (1, 65_536),
+            "max_sequence_len": (0, 1 << 24),
+            "max_draft_tokens": (1, MAX_DRAFT_TOKENS),
+            "max_queued_items": (1, 1 << 20),
+            "prefill_budget": (1, 1 << 20),
+            "drain_s": (0, 86_400),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ConfigError(f"{name}: {value} is not between {low} and {high}")
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or os.cpu_count() or 1
