@@ -1,1 +1,35 @@
-"""The typed async client library."""
+"""The typed async client of Outrider's public interface. It resumes by itself: a caller sees one unbroken stream."""
+
+from services.client.client import OutriderClient
+from services.client.generation import Generation
+from services.client.values import (
+    Chat,
+    ChatMessage,
+    Chunk,
+    GenerateOptions,
+    Prompt,
+    Result,
+    RetryPolicy,
+    ServedModel,
+    SessionRecord,
+    Statistics,
+    Token,
+    TokenIds,
+)
+
+__all__ = [
+    "Chat",
+    "ChatMessage",
+    "Chunk",
+    "GenerateOptions",
+    "Generation",
+    "OutriderClient",
+    "Prompt",
+    "Result",
+    "RetryPolicy",
+    "ServedModel",
+    "SessionRecord",
+    "Statistics",
+    "Token",
+    "TokenIds",
+]

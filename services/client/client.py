@@ -1,0 +1,112 @@
+"""OutriderClient: what programs call.
+
+Owns: the life of the connections, and identities drawn for a generation.
+Must not know: how a stream is read or resumed.
+
+    async with OutriderClient("127.0.0.1:50051") as client:
+        async for chunk in client.generate(Chat.of("Hello"), GenerateOptions(max_tokens=64)):
+            print(chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc.aio
+from outrider.v1 import coordinator_pb2
+
+from services.client.connections import Connections
+from services.client.generation import Generation
+from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
+from services.client.wire import model_from_proto, request_to_proto, session_from_proto
+from services.common.errors import OutriderError, Unavailable
+from services.common.rpc import error_from_rpc
+
+if TYPE_CHECKING:
+    from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
+
+T = TypeVar("T")
+_UNARY_TIMEOUT_S = 10.0
+
+
+class OutriderClient:
+    """A client of one or several interchangeable coordinators. Async context manager; one event loop."""
+
+    def __init__(self, *addresses: str, retry: RetryPolicy | None = None) -> None:
+        """`addresses` are host:port. Connects when first used. Raises ValueError without an address."""
+        self._connections = Connections(addresses)
+        self._retry = retry or RetryPolicy()
+
+    async def __aenter__(self) -> OutriderClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; running generations end."""
+        await self._connections.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        options: GenerateOptions | None = None,
+        *,
+        session_id: str | None = None,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Starts a generation when iterated over; see Generation.
+
+        `session_id` and `request_id` are UUIDs, drawn if absent. A session that has tokens takes the prompt as its next
+        turn. The same request_id with equal options and a given seed resumes that generation, or repeats it if it has
+        finished.
+        Raises InvalidArgument at once for values that cannot be encoded.
+        """
+        options = options or GenerateOptions()
+        request = request_to_proto(
+            prompt,
+            options,
+            session_id=session_id or str(uuid.uuid4()),
+            request_id=request_id or str(uuid.uuid4()),
+            seed=secrets.randbits(64) if options.seed is None else options.seed,
+        )
+        return Generation(self._connections, request, self._retry)
+
+    async def complete(
+        self, prompt: Prompt, options: GenerateOptions | None = None, *, session_id: str | None = None
+    ) -> Result:
+        """Generates and returns the whole result."""
+        return await self.generate(prompt, options, session_id=session_id).complete()
+
+    async def get_session(self, session_id: str) -> SessionRecord:
+        """Raises NotFound for an unknown session."""
+        request = coordinator_pb2.GetSessionRequest(session_id=session_id)
+        return session_from_proto(await self._call(lambda stub: stub.GetSession(request, timeout=_UNARY_TIMEOUT_S)))
+
+    async def close_session(self, session_id: str) -> None:
+        """Ends a session and frees what it holds. Raises NotFound for an unknown session."""
+        request = coordinator_pb2.CloseSessionRequest(session_id=session_id)
+        await self._call(lambda stub: stub.CloseSession(request, timeout=_UNARY_TIMEOUT_S))
+
+    async def list_models(self) -> tuple[ServedModel, ...]:
+        """The models that requests may name, in order of their names."""
+        request = coordinator_pb2.ListModelsRequest()
+        response = await self._call(lambda stub: stub.ListModels(request, timeout=_UNARY_TIMEOUT_S))
+        return tuple(model_from_proto(model) for model in response.models)
+
+    async def _call(self, call: Callable[[CoordinatorServiceAsyncStub], Awaitable[T]]) -> T:
+        """Tries each address once; only unreachable coordinators are passed over."""
+        failure: OutriderError | None = None
+        for _ in range(len(self._connections)):
+            connection = self._connections.current()
+            try:
+                return await call(connection.stub)
+            except grpc.aio.AioRpcError as error:
+                failure = error_from_rpc(error)
+                if not isinstance(failure, Unavailable):
+                    raise failure from None
+                self._connections.avoid(connection)
+        raise failure or Unavailable("STREAM_BROKEN", "no coordinator was tried")

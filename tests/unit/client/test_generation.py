@@ -1,0 +1,230 @@
+"""The client's stream: unbroken, without doubled tokens, whatever the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from outrider.v1 import coordinator_pb2 as pb
+
+from services.client import Chat, GenerateOptions, OutriderClient, RetryPolicy, TokenIds
+from services.common.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from services.common.values import FinishReason, TokenOrigin, VerificationMethod
+from tests.fakes.coordinator import WORDS, FakeCoordinator, finished, play, serving, tokens, whole
+
+QUICK = RetryPolicy(
+    max_attempts=4,
+    max_attempts_unreached=2,
+    initial_backoff_s=0.001,
+    max_backoff_s=0.002,
+    heartbeat_timeout_s=0.15,
+    first_message_timeout_s=2.0,
+)
+MOVED = Unavailable("MOVED", "this coordinator is going away")
+
+
+@contextlib.asynccontextmanager
+async def client_of(fake: FakeCoordinator):
+    async with serving(fake) as address, OutriderClient(address, retry=QUICK) as client:
+        yield client
+
+
+async def test_chunks_carry_each_tokens_text_and_origin():
+    async with client_of(FakeCoordinator(whole(4))) as client:
+        chunks = [chunk async for chunk in client.generate("hi")]
+    assert [(t.text, t.origin) for c in chunks for t in c.tokens] == [
+        ("One", TokenOrigin.DRAFT),
+        (" two", TokenOrigin.TARGET),
+        (" three", TokenOrigin.DRAFT),
+        (" four", TokenOrigin.TARGET),
+    ]
+    assert [c.offset for c in chunks] == [0, 2]
+
+
+async def test_result_is_the_whole_generation():
+    async with client_of(FakeCoordinator(whole(6))) as client:
+        result = await client.complete("hi", GenerateOptions(seed=5))
+    assert result.text == "".join(WORDS)
+    assert result.token_ids == tuple(range(100, 106))
+    assert result.prompt_token_ids == (7, 8)
+    assert (result.finish_reason, result.seed, result.num_resumptions) == (FinishReason.LENGTH, 5, 0)
+    assert result.statistics.acceptance_rate == 0.75
+    assert result.statistics.mean_acceptance_length == 2.5
+
+
+async def test_text_held_back_until_the_end_is_the_last_chunks_trailing_text():
+    async with client_of(FakeCoordinator(play(tokens(0, 1), finished(1, text="...")))) as client:
+        chunks = [chunk async for chunk in client.generate("hi")]
+    assert [(c.text, c.trailing_text) for c in chunks] == [("One", ""), ("...", "...")]
+
+
+async def test_result_before_the_end_raises():
+    async with client_of(FakeCoordinator(whole())) as client:
+        generation = client.generate("hi")
+        with pytest.raises(RuntimeError, match="not finished"):
+            _ = generation.result
+        await generation.aclose()
+
+
+async def test_a_broken_stream_resumes_with_the_same_identity_and_parameters():
+    fake = FakeCoordinator(play(tokens(0, 2), MOVED), play(tokens(2, 4), finished(6)))
+    async with client_of(fake) as client:
+        result = await client.complete("hi", GenerateOptions(temperature=0.5, max_tokens=6))
+    first, second = fake.requests
+    assert second.HasField("resume")
+    assert second.resume.num_received_tokens == 2
+    second.ClearField("resume")
+    assert second == first
+    assert result.text == "".join(WORDS)
+    assert result.num_resumptions == 1
+
+
+async def test_a_resuming_client_sends_the_tokens_beyond_the_durable_ones():
+    fake = FakeCoordinator(play(tokens(0, 3, durable_len=1), MOVED), play(tokens(3, 3), finished(6)))
+    async with client_of(fake) as client:
+        await client.complete("hi")
+    assert list(fake.requests[1].resume.tokens_beyond_durable) == [101, 102]
+
+
+async def test_tokens_that_the_server_repeats_are_dropped_with_their_text():
+    fake = FakeCoordinator(play(tokens(0, 3), MOVED), play(tokens(1, 4), finished(5)))
+    async with client_of(fake) as client:
+        result = await client.complete("hi")
+    assert result.token_ids == (100, 101, 102, 103, 104)
+    assert result.text == "".join(WORDS[:5])
+
+
+async def test_silence_is_a_broken_stream():
+    fake = FakeCoordinator(play(tokens(0, 2), 5.0), play(tokens(2, 2), finished(4)))
+    async with client_of(fake) as client:
+        result = await client.complete("hi")
+    assert result.token_ids == (100, 101, 102, 103)
+
+
+async def test_heartbeats_keep_a_slow_stream_and_are_no_chunks():
+    beats = [part for _ in range(4) for part in (0.06, pb.GenerateResponse())]
+    fake = FakeCoordinator(play(*beats, tokens(0, 1), finished(1)))
+    async with client_of(fake) as client:
+        chunks = [chunk async for chunk in client.generate("hi")]
+    assert len(chunks) == 1
+    assert len(fake.requests) == 1
+
+
+async def test_a_stream_without_an_end_is_resumed():
+    fake = FakeCoordinator(play(tokens(0, 2)), play(tokens(2, 1), finished(3)))
+    async with client_of(fake) as client:
+        result = await client.complete("hi")
+    assert result.token_ids == (100, 101, 102)
+
+
+async def test_missing_tokens_are_data_loss():
+    async with client_of(FakeCoordinator(play(tokens(2, 2), finished(4)))) as client:
+        with pytest.raises(DataLoss, match="never arrived"):
+            await client.complete("hi")
+
+
+async def test_retries_are_bounded_and_the_last_error_is_raised():
+    fake = FakeCoordinator(play(tokens(0, 1), MOVED), play(MOVED))
+    async with client_of(fake) as client:
+        with pytest.raises(Unavailable) as caught:
+            await client.complete("hi")
+    assert caught.value.reason == "MOVED"
+    assert len(fake.requests) == QUICK.max_attempts
+
+
+async def test_exhaustion_is_retried_only_when_the_server_says_when():
+    busy = ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after_ms=1)
+    async with client_of(FakeCoordinator(play(busy, start=False), whole(2))) as client:
+        assert (await client.complete("hi")).token_ids == (100, 101)
+    never = ResourceExhausted("TOO_LONG_FOR_POOL", "longer than the pool")
+    async with client_of(FakeCoordinator(play(never, start=False), whole(2))) as client:
+        with pytest.raises(ResourceExhausted):
+            await client.complete("hi")
+
+
+async def test_refusals_are_raised_as_their_types_and_never_retried():
+    error = Aborted("SESSION_BUSY", "another request is running")
+    fake = FakeCoordinator(play(error, start=False))
+    async with client_of(fake) as client:
+        with pytest.raises(Aborted) as caught:
+            await client.complete("hi")
+    assert caught.value.reason == "SESSION_BUSY"
+    assert len(fake.requests) == 1
+
+
+async def test_another_address_takes_over():
+    dying, healthy = FakeCoordinator(play(tokens(0, 2), MOVED)), FakeCoordinator(play(tokens(2, 2), finished(4)))
+    async with (
+        serving(dying) as first,
+        serving(healthy) as second,
+        OutriderClient(first, second, retry=QUICK) as client,
+    ):
+        result = await client.complete("hi")
+    assert result.token_ids == (100, 101, 102, 103)
+    assert [len(dying.requests), len(healthy.requests)] == [1, 1]
+
+
+async def test_nothing_listening_is_unavailable():
+    async with serving(FakeCoordinator(whole())) as address:
+        pass
+    async with OutriderClient(address, retry=QUICK) as client:
+        with pytest.raises(Unavailable):
+            await client.complete("hi")
+
+
+async def test_leaving_the_stream_early_cancels_the_call():
+    fake = FakeCoordinator(play(tokens(0, 1), 30.0))
+    async with client_of(fake) as client:
+        generation = client.generate("hi")
+        async with contextlib.aclosing(generation):
+            async for _ in generation:
+                break
+        async with asyncio.timeout(5):
+            await fake.cancelled.wait()
+
+
+async def test_prompts_and_options_reach_the_wire():
+    fake = FakeCoordinator(whole(2))
+    options = GenerateOptions(
+        temperature=0.0, stop=("a", "b"), num_draft_tokens=0, verification=VerificationMethod.REJECTION, top_p=0.5
+    )
+    async with client_of(fake) as client:
+        await client.complete("plain", options)
+        await client.complete(Chat.of("user", system="system"), options)
+        await client.complete(TokenIds((1, 2)), options)
+    plain, chat, ids = fake.requests
+    assert plain.prompt == "plain"
+    assert [(m.role, m.content) for m in chat.chat.messages] == [("system", "system"), ("user", "user")]
+    assert list(ids.tokens.token_ids) == [1, 2]
+    assert plain.sampling.HasField("temperature")
+    assert plain.HasField("num_draft_tokens")
+    assert list(plain.stop) == ["a", "b"]
+    assert plain.sampling.top_p == 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [GenerateOptions(top_k=-1), GenerateOptions(max_tokens=-1), GenerateOptions(seed=-1)]
+)
+async def test_values_that_no_field_can_hold_are_invalid_arguments(options):
+    async with OutriderClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidArgument):
+            client.generate("hi", options)
+
+
+async def test_text_that_is_no_unicode_is_an_invalid_argument():
+    async with OutriderClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidArgument):
+            client.generate("\ud800")
+
+
+async def test_sessions_and_models():
+    async with client_of(FakeCoordinator(whole())) as client:
+        record = await client.get_session("known")
+        await client.close_session("known")
+        models = await client.list_models()
+        with pytest.raises(NotFound) as caught:
+            await client.get_session("other")
+    assert (record.token_ids, record.prompt_len, record.finish_reason) == ((7, 8, 100), 2, None)
+    assert [(m.name, m.ready) for m in models] == [("fake", True)]
+    assert (caught.value.reason, caught.value.field) == ("UNKNOWN_SESSION", "session_id")
