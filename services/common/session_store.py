@@ -164,7 +164,7 @@ class SessionStore:
         await self._redis.aclose()
 
     async def check_server(self) -> None:
-        """Raises ConfigError on a Redis that may evict records: a session ends by expiry or closing, never by chance."""
+        """Raises ConfigError on a Redis that may evict records: a session ends by expiry or closing alone."""
         try:
             memory = await self._redis.info("memory")
         except (RedisError, OSError) as error:

@@ -16,3 +16,12 @@ def vocab_digest(token_to_id: Mapping[str, int]) -> str:
         data = token.encode("utf-8", "surrogatepass")
         digest.update(token_id.to_bytes(4, "little") + len(data).to_bytes(4, "little") + data)
     return digest.hexdigest()
+
+
+SIMULATED_EOS = 256
+"""The end-of-sequence token of the simulated vocabulary."""
+
+
+def simulated_vocab() -> dict[str, int]:
+    """The vocabulary of simulated workers and of the tokenizer `simulated`: one token a byte, then `<eos>`."""
+    return {**{f"<0x{byte:02X}>": byte for byte in range(256)}, "<eos>": SIMULATED_EOS}
