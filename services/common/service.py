@@ -29,7 +29,7 @@ def announce_ready(service: str, port: int, **more: str | int | float) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets. The first signal removes the handlers, so that a second ends the process."""
+    """An event that SIGTERM or SIGINT sets. The first removes the handlers, so that a second ends the process."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)

@@ -1,6 +1,7 @@
 """What both kinds of worker do on the wire: describe themselves, and join a stream of items to the engine thread.
 
-Owns: the life of one stream's connection. Must not know: which items there are (codecs are given), torch. The engine is seen through a protocol, so that this module stands on common alone.
+Owns: the life of one stream's connection. Must not know: which items there are (codecs are given), torch. The engine
+is seen through a protocol, so that this module stands on common alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from outrider.v1 import worker_pb2
 
 from services.common import wire
 from services.common.errors import OutriderError, ResourceExhausted, Unavailable
-from services.common.items import Close, Refused
+from services.common.items import Close, Decode, Open, Propose, Refused, Verify
 from services.common.values import WorkerInfo, WorkerLoad
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -29,7 +30,9 @@ MAX_UNREAD_RESULTS = 65_536
 class Connection(Protocol):
     """One stream's side of the engine thread."""
 
-    def submit(self, items: Sequence[Any]) -> None: ...
+    def submit(self, items: Sequence[Any]) -> None:
+        """Raises ResourceExhausted where there is no room; Close items are taken all the same."""
+        ...
 
     def close(self) -> None: ...
 
@@ -52,30 +55,19 @@ class Worker:
 
 
 class WorkerState:
-    """A worker from its start on: first loading, then ready, in the end draining."""
+    """A worker from its start on: first loading, then ready."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._draining = False
 
     def set_ready(self, worker: Worker) -> None:
         self._worker = worker
-
-    def set_draining(self) -> None:
-        self._draining = True
 
     def get(self) -> Worker:
         """Raises Unavailable/STARTING until the model is loaded."""
         if self._worker is None:
             raise Unavailable("STARTING", "the worker is loading its model", retry_after_ms=500)
         return self._worker
-
-    def load_of(self, load: WorkerLoad) -> WorkerLoad:
-        return dataclasses.replace(load, draining=self._draining)
-
-    @property
-    def num_sequences(self) -> int:
-        return self._worker.engine.load.num_sequences if self._worker else 0
 
 
 class WorkerServicer:
@@ -88,8 +80,7 @@ class WorkerServicer:
         self, request: worker_pb2.GetWorkerInfoRequest, context: object
     ) -> worker_pb2.GetWorkerInfoResponse:
         worker = self._state.get()
-        load = self._state.load_of(worker.engine.load)
-        return wire.info_to_proto(dataclasses.replace(worker.info, load=load))
+        return wire.info_to_proto(dataclasses.replace(worker.info, load=worker.engine.load))
 
 
 class ItemStream(Generic[Request, Response, Item]):
@@ -124,7 +115,7 @@ class ItemStream(Generic[Request, Response, Item]):
         reader = asyncio.create_task(self._read(requests, connection, opens, outbox))
         try:
             while (results := await outbox.take()) is not None:
-                yield self._encode(results, self._state.load_of(worker.engine.load))
+                yield self._encode(results, worker.engine.load)
         finally:
             connection.close()
             reader.cancel()
@@ -144,8 +135,7 @@ class ItemStream(Generic[Request, Response, Item]):
                 try:
                     connection.submit(items)
                 except ResourceExhausted as error:
-                    refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]  # type: ignore[attr-defined]
-                    connection.submit([item for item in items if isinstance(item, Close)])
+                    refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]
                 if refused:
                     outbox.put(refused)
             outbox.end(None)
@@ -154,16 +144,21 @@ class ItemStream(Generic[Request, Response, Item]):
 
 
 class _Outbox:
-    """Results on their way to one coordinator. Touched by the event loop only."""
+    """Results on their way to one coordinator. Touched by the event loop only.
+
+    A put without results is news too: it has the load sent.
+    """
 
     def __init__(self) -> None:
         self._results: list[Any] = []
+        self._has_news = False
         self._wakeup = asyncio.Event()
         self._ended = False
         self._error: OutriderError | None = None
 
     def put(self, results: list[Any]) -> None:
         self._results += results
+        self._has_news = True
         if len(self._results) > MAX_UNREAD_RESULTS:
             self.end(ResourceExhausted("QUEUE_FULL", f"more than {MAX_UNREAD_RESULTS} results are unread"))
         self._wakeup.set()
@@ -173,15 +168,14 @@ class _Outbox:
         self._wakeup.set()
 
     async def take(self) -> list[Any] | None:
-        """All that waits, at least one result; None at the end. Raises the error that ended the stream."""
-        while not self._results:
-            if self._error:
-                raise self._error
-            if self._ended:
-                return None
+        """All that waits, once there is news; None at the end. Raises the error that ended the stream."""
+        while not (self._has_news or self._ended):
             self._wakeup.clear()
             await self._wakeup.wait()
         if self._error:
             raise self._error
+        if not self._has_news:
+            return None
+        self._has_news = False
         results, self._results = self._results, []
         return results
