@@ -1,0 +1,72 @@
+"""The paged KV pool: for every layer, keys and values of `num_blocks` blocks of `block_size` tokens.
+
+Owns: the tensors and how they are written and gathered. Must not know: sequences, which block belongs to whom (the
+BlockManager does), models. A slot is block * block_size + offset. A layer's tensors are (num_blocks, block_size, heads,
+dim), so that one block is one contiguous piece and a gather of blocks copies long runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from services.common.errors import ConfigError
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps for a token. Layers of one model may differ."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_values(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+def block_bytes(shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block, all layers together."""
+    return sum(shape.num_values for shape in shapes) * block_size * dtype.itemsize
+
+
+def num_blocks_within(budget_bytes: int, shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:
+    """How many blocks fit into `budget_bytes`. Raises ConfigError where none does."""
+    one = block_bytes(shapes, block_size, dtype)
+    if budget_bytes < one:
+        raise ConfigError(f"KV memory: {budget_bytes} bytes hold no block; one takes {one}")
+    return budget_bytes // one
+
+
+class KvPool:
+    """Zeroed at the start: slots never written are gathered as padding and must be finite."""
+
+    def __init__(
+        self,
+        shapes: tuple[LayerShape, ...],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes = shapes
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        layout = (num_blocks, block_size)
+        self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
+        self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores (tokens, heads, dim) at `slots` (tokens,), whatever stood there before."""
+        self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `blocks` (batch, blocks each), as (batch, heads, blocks each * block_size, dim)."""
+        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+
+
+def _gather(pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    gathered = pool.index_select(0, blocks.flatten())
+    return gathered.view(blocks.shape[0], -1, *pool.shape[2:]).transpose(1, 2)

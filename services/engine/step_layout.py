@@ -1,0 +1,130 @@
+"""Lays the works of a step end to end and computes, once a step, every index its layers share.
+
+Owns: where each token of a step comes from and goes to. Must not know: models, attention, the pool's contents.
+
+Works are split into at most two groups by how many rows each computes, decode and verification on one side and prefill
+chunks on the other, so that the padding of a group to its longest member stays small:
+
+    tokens of the step      [ w0 | w1     | w2 | ...        ]    laid end to end, as the model sees them
+    query rows of a group   [ w0 . . | w2 . . | ...         ]    (batch, max_rows), padding rows repeat the first token
+    blocks of a group       [ b b b 0 | b b b b | ...       ]    (batch, max_blocks), padding is block 0, always masked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.engine.step import Work
+
+MAX_SHORT_ROWS = 32
+"""Works up to this many rows (more than the longest proposal and its bonus row) make the short group."""
+
+Ints = npt.NDArray[np.int64]
+ToDevice = Callable[[Ints], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """Sequences that attend together. `batch` sequences, `max_rows` query rows each."""
+
+    batch: int
+    max_rows: int
+    rows: torch.Tensor | None
+    """(batch * max_rows,): index of each query row among the step's tokens; None: they are those, in order."""
+    row_positions: torch.Tensor
+    """(batch, max_rows): absolute position of each query row; padding is at 0, where something is always visible."""
+    blocks: torch.Tensor
+    """(batch, max_blocks): the block tables, padded with block 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Index tensors of one step, all int64 on the model's device."""
+
+    token_ids: torch.Tensor
+    """(tokens,)"""
+    positions: torch.Tensor
+    """(tokens,)"""
+    slots: torch.Tensor
+    """(tokens,): where each token's keys and values are written."""
+    logit_rows: torch.Tensor
+    """(sum of num_rows,): index among the step's tokens of every row whose logits are wanted."""
+    groups: tuple[AttentionGroup, ...]
+    output_rows: torch.Tensor | None
+    """(tokens,): index of each token in the groups' outputs laid end to end; None: they are in order already."""
+
+
+def build_layout(works: list[Work], block_size: int, device: torch.device) -> StepLayout:
+    """Computes the layout of a step of at least one work."""
+
+    def to_device(values: Ints) -> torch.Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    lens = np.array([work.num_computed_tokens for work in works], dtype=np.int64)
+    starts = np.cumsum(lens) - lens
+    token_ids: list[int] = []
+    for work in works:
+        first = work.sequence.num_cached
+        token_ids += work.sequence.tokens[first : first + work.num_new_tokens]
+        token_ids += work.drafted
+    positions = [np.arange(w.sequence.num_cached, w.sequence.num_cached + n) for w, n in zip(works, lens, strict=True)]
+    slots = [_slots(w, p, block_size) for w, p in zip(works, positions, strict=True)]
+    ends = starts + lens
+    logit_rows = [np.arange(end - work.num_rows, end) for work, end in zip(works, ends, strict=True)]
+    groups, output_rows = _build_groups(works, lens, starts, block_size, to_device)
+    return StepLayout(
+        token_ids=to_device(np.array(token_ids, dtype=np.int64)),
+        positions=to_device(np.concatenate(positions)),
+        slots=to_device(np.concatenate(slots)),
+        logit_rows=to_device(np.concatenate(logit_rows)),
+        groups=groups,
+        output_rows=output_rows,
+    )
+
+
+def _slots(work: Work, positions: Ints, block_size: int) -> Ints:
+    first = int(positions[0]) // block_size
+    blocks = np.array(work.sequence.block_table[first : int(positions[-1]) // block_size + 1], dtype=np.int64)
+    slots: Ints = blocks[positions // block_size - first] * block_size + positions % block_size
+    return slots
+
+
+def _build_groups(
+    works: list[Work], lens: Ints, starts: Ints, block_size: int, to_device: ToDevice
+) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
+    short = lens <= MAX_SHORT_ROWS
+    members = [m for m in (np.flatnonzero(short), np.flatnonzero(~short)) if m.size]
+    groups, output_rows, offset, in_order = [], np.zeros(int(lens.sum()), dtype=np.int64), 0, True
+    for member in members:
+        max_rows = int(lens[member].max())
+        within = np.arange(max_rows)
+        real = within < lens[member, None]
+        rows = np.where(real, starts[member, None] + within, starts[member, None])
+        cached = np.array([works[i].sequence.num_cached for i in member])
+        output_rows[rows[real]] = offset + np.flatnonzero(real)
+        ordered = len(members) == 1 and bool(real.all())
+        in_order = in_order and ordered
+        groups.append(
+            AttentionGroup(
+                batch=len(member),
+                max_rows=max_rows,
+                rows=None if ordered else to_device(rows.ravel()),
+                row_positions=to_device(np.where(real, cached[:, None] + within, 0)),
+                blocks=to_device(_padded_blocks([works[i] for i in member], block_size)),
+            )
+        )
+        offset += rows.size
+    return tuple(groups), None if in_order else to_device(output_rows)
+
+
+def _padded_blocks(works: list[Work], block_size: int) -> Ints:
+    counts = [-(-(work.sequence.num_cached + work.num_computed_tokens) // block_size) for work in works]
+    blocks: Ints = np.zeros((len(works), max(counts)), dtype=np.int64)
+    for row, work, count in zip(blocks, works, counts, strict=True):
+        row[:count] = work.sequence.block_table[:count]
+    return blocks
