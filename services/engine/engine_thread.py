@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -90,9 +91,9 @@ class Connection(Generic[Item, Result]):
     def submit(self, items: Sequence[Item]) -> None:
         """Queues items without blocking; they reach the core together and in order. A closed connection drops them.
 
-        Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none. Close
-        items need no room, and one submission always finds room in an empty queue. Raises Unavailable (DRAINING) once
-        the engine is stopped.
+        Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none.
+        Close items need no room, and one submission always finds room in an empty queue. Raises Unavailable (DRAINING)
+        once the engine is stopped.
         """
         if not self.closed:
             self._engine._submit(self, items)
@@ -241,20 +242,18 @@ class EngineThread(Generic[Item, Result]):
 
     def _take(self, entry: _Arrival[Item, Result] | Connection[Item, Result] | Callable[[], None]) -> None:
         if isinstance(entry, _Arrival):
-            arrival = entry
-            if not arrival.connection.closed:
-                number = arrival.connection.number
-                self._guard(lambda: self._core.handle(number, arrival.items, arrival.arrived_ns), arrival)
+            if not entry.connection.closed:
+                self._guard(partial(self._core.handle, entry.connection.number, entry.items, entry.arrived_ns), entry)
         elif isinstance(entry, Connection):
-            self._disconnect(entry.number)
+            self._guard(partial(self._disconnect, entry.number))
         else:
             entry()
 
-    def _disconnect(self, number: int) -> None:
+    def _disconnect(self, number: int) -> list[tuple[int, Result]]:
         with self._wake:
             self._connections.pop(number, None)
         self._core.disconnect(number)
-        self._load = self._core.load
+        return []
 
     def _guard(
         self, call: Callable[[], list[tuple[int, Result]]], arrival: _Arrival[Item, Result] | None = None
@@ -300,10 +299,11 @@ class EngineThread(Generic[Item, Result]):
         if self.failed is None:
             for number in list(self._connections):
                 self._disconnect(number)
+            self._load = self._core.load
 
 
 def _refusal(error: Exception) -> OutriderError:
-    """What the peers are told of an exception of the core. torch's OutOfMemoryError is known by name: no import here."""
+    """What the peers are told of an exception of the core. torch's OutOfMemoryError is known by name."""
     if isinstance(error, OutriderError):
         return error
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):

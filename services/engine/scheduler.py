@@ -1,0 +1,122 @@
+"""Which sequences take part in a step, and who gives way when the KV pool is full. Shared by target and draft.
+
+Owns: the order of a step and the claims on the pool. Must not know: torch, clocks, connections, items. Deterministic:
+the plan is a function of the demands, in their order, and of the pool.
+
+A step takes, oldest first,
+1. rows: sequences that somebody waits for and that lack at most a round's tokens;
+2. prefill chunks of sequences that somebody waits for, under a token budget. A prefill holds all its blocks before its
+   first chunk or none, and where the oldest finds no room, no newer one starts;
+3. prefill chunks that nobody waits for yet, with what is left of the budget and of the pool.
+
+Where rows find no room, the newest sequence outside the step is preempted: its blocks go, and it is computed again
+later. Where the plan would come out empty, the first in line preempts older ones too: while somebody waits, there is a
+step, and the first in line comes to its answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.values import MAX_DRAFT_TOKENS, Proposal
+from services.engine.block_manager import BlockManager
+from services.engine.sequence import Sequence
+from services.engine.step import Work
+
+DEFAULT_PREFILL_BUDGET = 512
+MAX_ROUND_LEN = MAX_DRAFT_TOKENS + 1
+"""Tokens that one round can leave uncached; more than these are a prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What an open sequence could do in the next step."""
+
+    sequence: Sequence
+    awaited: bool = False
+    """Somebody waits for an answer."""
+    wants_row: bool = False
+    """A token is to come of it; otherwise only the prefix is to be cached, but for its last token."""
+    proposal: Proposal | None = None
+    """Verified together with the row."""
+
+    @property
+    def num_tokens_to_cache(self) -> int:
+        return self.sequence.num_uncached_tokens - (not self.wants_row)
+
+    @property
+    def is_row(self) -> bool:
+        return self.awaited and self.wants_row and self.sequence.num_uncached_tokens <= MAX_ROUND_LEN
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that the block table must cover when the demand is met."""
+        return len(self.sequence) + (len(self.proposal.token_ids) if self.proposal else 0)
+
+
+class Scheduler:
+    """Plans steps over one pool; `prefill_budget` tokens of prefill a step, at least 1."""
+
+    def __init__(self, blocks: BlockManager, prefill_budget: int = DEFAULT_PREFILL_BUDGET) -> None:
+        if prefill_budget < 1:
+            raise ValueError(f"a step must have room to prefill: prefill_budget={prefill_budget}")
+        self._blocks = blocks
+        self._prefill_budget = prefill_budget
+
+    def has_work(self, demands: list[Demand]) -> bool:
+        """Whether `plan` would yield a step."""
+        return any(demand.num_tokens_to_cache > 0 and (demand.awaited or self._has_room(demand)) for demand in demands)
+
+    def plan(self, demands: list[Demand]) -> list[Work]:
+        """The works of the next step, at most one a sequence; their block tables have room for them.
+
+        `demands` names every open sequence, oldest first: those without work may have to give up their blocks.
+        """
+        rows = [demand for demand in demands if demand.is_row]
+        awaited = [d for d in demands if d.awaited and not d.is_row and d.num_tokens_to_cache > 0]
+        eager = [d for d in demands if not d.awaited and d.num_tokens_to_cache > 0]
+
+        works = self._plan_rows(demands)
+        all_have_room = len(works) == len(rows)
+        budget = self._prefill_budget
+        for demand in awaited + eager:
+            if not self._holds_room(demand) and not (all_have_room and self._has_room(demand)):
+                all_have_room = False
+            elif budget > 0:
+                works.append(self._chunk(demand, budget))
+                budget -= works[-1].num_new_tokens
+        if not works and (first := next(iter(rows + awaited), None)):
+            self._preempt_for(first, [d.sequence for d in demands if d is not first])
+            works.append(self._chunk(first, self._prefill_budget))
+        return works
+
+    def _plan_rows(self, demands: list[Demand]) -> list[Work]:
+        works: list[Work] = []
+        for age, demand in enumerate(demands):
+            if demand.is_row:  # asked anew for each: an older row may have preempted it
+                self._preempt_for(demand, [newer.sequence for newer in demands[age + 1 :]])
+                if self._has_room(demand):
+                    works.append(self._chunk(demand, demand.sequence.num_uncached_tokens))
+        return works
+
+    def _holds_room(self, demand: Demand) -> bool:
+        return len(demand.sequence.block_table) >= self._blocks.num_blocks_for(demand.max_len)
+
+    def _has_room(self, demand: Demand) -> bool:
+        return self._blocks.can_extend(demand.sequence, demand.max_len)
+
+    def _preempt_for(self, demand: Demand, others: list[Sequence]) -> None:
+        """Frees the newest of `others` until `demand` has room; none of them if all would not be enough."""
+        num_held = sum(len(other.block_table) for other in others) + len(demand.sequence.block_table)
+        if self._blocks.num_blocks_for(demand.max_len) > num_held + self._blocks.num_free_blocks:
+            return
+        while not self._has_room(demand):
+            self._blocks.free(others.pop())
+
+    def _chunk(self, demand: Demand, budget: int) -> Work:
+        self._blocks.extend(demand.sequence, demand.max_len)
+        sequence, num_tokens = demand.sequence, demand.num_tokens_to_cache
+        if not demand.wants_row or num_tokens > budget:
+            return Work(sequence, min(num_tokens, budget))
+        num_drafted = len(demand.proposal.token_ids) if demand.proposal else 0
+        return Work(sequence, num_tokens, demand.proposal, num_rows=1 + num_drafted)
