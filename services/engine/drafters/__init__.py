@@ -1,0 +1,1 @@
+"""Drafters: the ways to propose tokens. `base` has the seam."""

@@ -1,0 +1,80 @@
+"""Drafts with a causal language model: one token a step for every sequence that lacks one, all in one forward.
+
+Owns: which part of which sequence a step of the model computes. Must not know: torch, what the model is (DraftModel).
+
+    after a rejection        the cache is cut behind the last token kept, the target's own token is the one to compute
+    after a full acceptance  the last drafted token was never computed either: the next step computes two tokens
+Both fall out of num_cached: a step computes the tokens at [num_cached, len(tokens)).
+"""
+
+from __future__ import annotations
+
+from services.common.values import ModelInfo
+from services.engine.block_manager import BlockManager
+from services.engine.drafters.base import Draft
+from services.engine.scheduler import DEFAULT_PREFILL_BUDGET, Demand, Scheduler
+from services.engine.step import DraftModel
+
+
+class ModelDrafter:
+    """The Drafter over a DraftModel and its KV pool (services.engine.drafters.base.Drafter)."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        blocks: BlockManager,
+        *,
+        prefill_budget: int = DEFAULT_PREFILL_BUDGET,
+        kind: str = "model",
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._scheduler = Scheduler(blocks, prefill_budget)
+        self._kind = kind
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._model.info
+
+    @property
+    def blocks(self) -> BlockManager:
+        return self._blocks
+
+    def open(self, draft: Draft) -> None:
+        """Nothing is held before the first step."""
+
+    def commit(self, draft: Draft, num_kept: int) -> None:
+        """Cuts the cache; the last token stays uncached, so that the next step has a row to compute."""
+        self._blocks.truncate(draft.sequence, min(num_kept, len(draft.sequence) - 1))
+
+    def close(self, draft: Draft) -> None:
+        self._blocks.free(draft.sequence)
+
+    def is_ready(self, draft: Draft) -> bool:
+        return draft.sequence.num_uncached_tokens <= 1
+
+    def has_work(self, drafts: list[Draft]) -> bool:
+        return self._scheduler.has_work([_demand(draft) for draft in drafts])
+
+    def step(self, drafts: list[Draft]) -> list[Draft]:
+        """One forward: a token for each draft that lacks one, and chunks of prefixes not processed yet."""
+        works = self._scheduler.plan([_demand(draft) for draft in drafts])
+        if not works:
+            return []
+        draft_of = {id(draft.sequence): draft for draft in drafts}
+        taking_part: list[Draft] = []
+        for work, sampled in zip(works, self._model.step(works), strict=True):
+            draft = draft_of[id(work.sequence)]
+            draft.sequence.num_cached += work.num_new_tokens
+            if sampled is not None:
+                draft.add(sampled.token_id, sampled.row)
+            taking_part.append(draft)
+        return taking_part
+
+
+def _demand(draft: Draft) -> Demand:
+    return Demand(draft.sequence, awaited=draft.awaited, wants_row=draft.num_missing_tokens > 0)
