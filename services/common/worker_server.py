@@ -1,0 +1,110 @@
+"""The composition that both kinds of worker share: a gRPC server at once, then the engine, in the end draining.
+
+Owns: the order of these. Must not know: how an engine is built (a function is given), torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol
+
+from google.protobuf.descriptor import ServiceDescriptor
+from outrider.v1 import worker_pb2
+
+from services.common.rpc import GrpcServer
+from services.common.service import announce_ready, stop_signals, wait_until
+from services.common.values import WorkerInfo
+from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
+from services.common.worker_config import WorkerConfig
+
+log = logging.getLogger(__name__)
+
+_WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
+_DRAIN_INTERVAL_S = 0.05
+
+
+class StartableEngine(Engine, Protocol):
+    """An engine with a life: services.engine.engine_thread.EngineThread."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+
+class BuiltWorker(NamedTuple):
+    """What building gives: an engine that is not started yet, and its description."""
+
+    engine: StartableEngine
+    info: WorkerInfo
+
+
+class Recipe(NamedTuple):
+    """What tells one kind of worker from the other."""
+
+    service: ServiceDescriptor
+    servicer: Callable[[WorkerState], object]
+    build: Callable[[], BuiltWorker]
+    """Called once, on a thread: may take long."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunningWorker:
+    """A worker that serves."""
+
+    port: int
+    worker: Worker
+    server: GrpcServer
+    engine: StartableEngine
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new sequences; returns whether those that are open ended within `timeout_s`."""
+        await self.server.set_ready(False)
+        await asyncio.to_thread(self.engine.drain)
+        return await wait_until(lambda: self.engine.load.num_sequences == 0, timeout_s, _DRAIN_INTERVAL_S)
+
+
+def new_instance_id() -> str:
+    """Drawn at start, so that a restarted worker under the same address is told from the old one."""
+    return str(uuid.uuid4())
+
+
+@contextlib.asynccontextmanager
+async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[RunningWorker]:
+    """Serves from enter to exit. Until the engine is built, calls are answered UNAVAILABLE/STARTING."""
+    started = time.monotonic()
+    state = WorkerState()
+    server = GrpcServer(config.host, config.port, reflect=config.reflection)
+    server.add(_WORKER_SERVICE, WorkerServicer(state))
+    server.add(recipe.service, recipe.servicer(state))
+    async with server:
+        engine, info = await asyncio.to_thread(recipe.build)
+        engine.start()
+        try:
+            startup_ms = 1e3 * (time.monotonic() - started)
+            worker = Worker(engine, dataclasses.replace(info, startup_ms=startup_ms))
+            state.set_ready(worker)
+            await server.set_ready(True)
+            yield RunningWorker(server.port, worker, server, engine)
+            await server.set_ready(False)
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+
+async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    with stop_signals() as stop:
+        async with running_worker(config, recipe) as running:
+            info = running.worker.info
+            announce_ready(info.role, running.port, instance_id=info.instance_id)
+            log.info("%s %s serves on port %d", info.role, info.instance_id, running.port)
+            await stop.wait()
+            if not await running.drain(config.drain_s):
+                log.warning("%d sequences were open after %g s", running.engine.load.num_sequences, config.drain_s)

@@ -1,0 +1,101 @@
+"""The draft worker's composition root: configuration in, a serving worker out.
+
+Owns: which drafter stands behind the core. Must not know: how proposals come about. torch is loaded for models only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from outrider.v1 import draft_pb2
+
+from services.common.errors import ConfigError
+from services.common.values import WorkerInfo
+from services.common.worker_server import (
+    BuiltWorker,
+    Recipe,
+    RunningWorker,
+    new_instance_id,
+    running_worker,
+    serve_worker,
+)
+from services.draft.config import DraftConfig
+from services.draft.core import DraftCore
+from services.draft.servicer import DraftServicer
+from services.engine.block_manager import BlockManager
+from services.engine.drafters.base import Drafter
+from services.engine.drafters.model import ModelDrafter
+from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.simulated import simulated_drafter
+from services.engine.engine_thread import EngineThread
+from services.engine.simulated import SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS
+
+MAX_LOOKUP_LEN = 1 << 20
+"""Most tokens of a sequence for a drafter without a model."""
+
+
+async def serve(config: DraftConfig) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    await serve_worker(config, _recipe(config))
+
+
+def running_draft(config: DraftConfig) -> AbstractAsyncContextManager[RunningWorker]:
+    """A draft worker inside this process, from enter to exit."""
+    return running_worker(config, _recipe(config))
+
+
+def _recipe(config: DraftConfig) -> Recipe:
+    service = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
+    return Recipe(service, DraftServicer, lambda: build(config))
+
+
+def build(config: DraftConfig) -> BuiltWorker:
+    """Makes the drafter, with its model if it has one. Raises ConfigError or ModelUnsupported."""
+    drafter, drafter_len = _drafter(config)
+    max_sequence_len = min(config.max_sequence_len or drafter_len, drafter_len)
+    core = DraftCore(
+        drafter,
+        max_sequences=config.max_sequences,
+        max_sequence_len=max_sequence_len,
+        max_draft_tokens=config.max_draft_tokens,
+    )
+    info = WorkerInfo(
+        instance_id=new_instance_id(),
+        role="draft",
+        model=drafter.info,
+        drafter=drafter.kind,
+        max_draft_tokens=config.max_draft_tokens,
+        max_sequences=config.max_sequences,
+        max_sequence_len=max_sequence_len,
+    )
+    return BuiltWorker(EngineThread(core, "draft engine", config.max_queued_items), info)
+
+
+def _drafter(config: DraftConfig) -> tuple[Drafter, int]:
+    """The drafter, and the longest sequence it takes."""
+    match config.drafter:
+        case "ngram":
+            if not 1 <= config.ngram_min <= config.ngram_max:
+                raise ConfigError(f"ngram_min: {config.ngram_min} is not between 1 and ngram_max, {config.ngram_max}")
+            return NgramDrafter(config.ngram_max, config.ngram_min), MAX_LOOKUP_LEN
+        case "simulated":
+            blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
+            drafter = simulated_drafter(
+                blocks,
+                token_ms=config.simulated_token_ms,
+                acceptance=config.simulated_acceptance,
+                seed=config.simulated_seed,
+            )
+            return drafter, SIMULATED_MAX_SEQUENCE_LEN
+    return _model_drafter(config)
+
+
+def _model_drafter(config: DraftConfig) -> tuple[Drafter, int]:
+    from services.engine.composition import engine_of
+    from services.engine.paged_model import PagedDraftModel
+    from services.engine.sampler import Sampler
+
+    engine = engine_of(config)
+    blocks = BlockManager(engine.num_blocks, engine.block_size)
+    max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
+    return ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget), max_len

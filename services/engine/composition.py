@@ -1,0 +1,27 @@
+"""From a worker's settings to a loaded engine.
+
+Owns: which setting goes where. Must not know: draft and target, the wire.
+"""
+
+from __future__ import annotations
+
+from services.common.config import cache_dir
+from services.common.worker_config import WorkerConfig
+from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
+from services.engine.progress import Reporter
+
+
+def engine_of(config: WorkerConfig) -> PagedEngine:
+    """Loads and checks the configured model. Raises ConfigError or ModelUnsupported."""
+    options = EngineOptions(
+        model=config.model,
+        cache_dir=cache_dir(),
+        name=config.model_name,
+        dtype=config.dtype,
+        device=config.device,
+        num_blocks=config.num_blocks,
+        kv_memory_bytes=config.kv_memory_mb << 20,
+        block_size=config.block_size,
+        num_threads=config.num_threads,
+    )
+    return load_engine(options, Reporter())

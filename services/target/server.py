@@ -1,0 +1,86 @@
+"""The target worker's composition root: configuration in, a serving worker out.
+
+Owns: which model stands behind the core. Must not know: scheduling, verification. torch is loaded for models only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from outrider.v1 import target_pb2
+
+from services.common.values import WorkerInfo
+from services.common.worker_server import (
+    BuiltWorker,
+    Recipe,
+    RunningWorker,
+    new_instance_id,
+    running_worker,
+    serve_worker,
+)
+from services.engine.block_manager import BlockManager
+from services.engine.engine_thread import EngineThread
+from services.engine.simulated import SIMULATED, SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS, SimulatedTarget
+from services.engine.step import TargetModel
+from services.target.config import TargetConfig
+from services.target.core import TargetCore
+from services.target.servicer import TargetServicer
+
+
+async def serve(config: TargetConfig) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    await serve_worker(config, _recipe(config))
+
+
+def running_target(config: TargetConfig) -> AbstractAsyncContextManager[RunningWorker]:
+    """A target worker inside this process, from enter to exit."""
+    return running_worker(config, _recipe(config))
+
+
+def _recipe(config: TargetConfig) -> Recipe:
+    service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
+    return Recipe(service, TargetServicer, lambda: build(config))
+
+
+def build(config: TargetConfig) -> BuiltWorker:
+    """Loads the model. Raises ConfigError or ModelUnsupported."""
+    model, blocks, model_len = _simulated(config) if config.model == SIMULATED else _paged(config)
+    max_sequence_len = min(config.max_sequence_len or model_len, model_len, blocks.num_blocks * blocks.block_size)
+    core = TargetCore(
+        model,
+        blocks,
+        max_sequences=config.max_sequences,
+        max_sequence_len=max_sequence_len,
+        max_draft_tokens=config.max_draft_tokens,
+        prefill_budget=config.prefill_budget,
+    )
+    info = WorkerInfo(
+        instance_id=new_instance_id(),
+        role="target",
+        model=model.info,
+        drafter="",
+        max_draft_tokens=config.max_draft_tokens,
+        max_sequences=config.max_sequences,
+        max_sequence_len=max_sequence_len,
+    )
+    return BuiltWorker(EngineThread(core, "target engine", config.max_queued_items), info)
+
+
+def _simulated(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
+    model = SimulatedTarget(
+        step_ms=config.simulated_step_ms,
+        row_ms=config.simulated_row_ms,
+        prefill_token_ms=config.simulated_prefill_token_ms,
+    )
+    blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
+    return model, blocks, SIMULATED_MAX_SEQUENCE_LEN
+
+
+def _paged(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
+    from services.engine.composition import engine_of
+    from services.engine.paged_model import PagedTargetModel
+    from services.engine.verifier import Verifier
+
+    engine = engine_of(config)
+    blocks = BlockManager(engine.num_blocks, engine.block_size)
+    return PagedTargetModel(engine, Verifier(config.untrusted_drafts)), blocks, engine.max_sequence_len
