@@ -76,10 +76,10 @@ class Drafter(Protocol):
     """A way to propose tokens. Called by the engine thread alone.
 
     Order of calls for a draft: `open` once; then, any number of times, `commit` followed by requests and steps; `close`
-    once. Between `open` and `close` the draft is in the list of every step. A drafter appends tokens only by `Draft.add`,
-    in steps, and only to drafts with num_missing_tokens > 0; it ends a proposal early by `Draft.end`, never because of
-    which token it sampled (that would bias rejection). Proposals may be wrong, never invalid: ids are of the target's
-    vocabulary.
+    once. Between `open` and `close` the draft is in the list of every step. A drafter appends tokens only in steps, by
+    `Draft.add`, and only to drafts with num_missing_tokens > 0. It ends a proposal early by `Draft.end`, never because
+    of which token it sampled (that would bias rejection). Proposals may be wrong, never invalid: ids are of the
+    target's vocabulary.
     """
 
     @property
