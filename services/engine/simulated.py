@@ -91,7 +91,7 @@ class SimulatedCache:
 
 
 class Pace:
-    """Makes steps last as long as the device would; the next step makes up for what one overran by the sleep's error."""
+    """Makes steps last as long as the device would. What one overran by the sleep's error, the next makes up for."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep

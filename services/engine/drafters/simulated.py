@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from services.common.values import ModelInfo
 from services.engine.block_manager import BlockManager
+from services.engine.drafters.model import ModelDrafter
 from services.engine.noise import NoiseKeys, Purpose, uniform, words
 from services.engine.simulated import (
     FIRST_PRINTABLE,
     NUM_PRINTABLE,
+    SIMULATED,
     Pace,
     SimulatedCache,
     choose,
@@ -73,3 +75,11 @@ class SimulatedDraft:
             distance = 1 + int((u - self._acceptance) / (1.0 - self._acceptance) * (NUM_PRINTABLE - 1))
             token_id = FIRST_PRINTABLE + (token_id - FIRST_PRINTABLE + distance) % NUM_PRINTABLE
         return Sampled(token_id, None)
+
+
+def simulated_drafter(
+    blocks: BlockManager, *, token_ms: float = 0.0, acceptance: float = 0.7, seed: int = 0, pace: Pace | None = None
+) -> ModelDrafter:
+    """The drafter `simulated`: a SimulatedDraft, stepped and batched as a real model is."""
+    draft = SimulatedDraft(blocks, token_ms=token_ms, acceptance=acceptance, seed=seed, pace=pace)
+    return ModelDrafter(draft, blocks, kind=SIMULATED)
