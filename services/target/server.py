@@ -67,12 +67,13 @@ def build(config: TargetConfig) -> BuiltWorker:
 
 
 def _simulated(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
+    blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
     model = SimulatedTarget(
+        blocks,
         step_ms=config.simulated_step_ms,
         row_ms=config.simulated_row_ms,
         prefill_token_ms=config.simulated_prefill_token_ms,
     )
-    blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
     return model, blocks, SIMULATED_MAX_SEQUENCE_LEN
 
 
