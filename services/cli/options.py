@@ -1,0 +1,151 @@
+"""Options that several commands share, and the values made of them.
+
+Owns: their names, defaults and help. Must not know: what the commands do with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from services.cli.cluster import DRAFTERS, DTYPES, SIMULATED, ClusterSpec
+from services.common.values import MAX_DRAFT_TOKENS, VerificationMethod
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+METHODS = tuple(method.value for method in VerificationMethod)
+
+
+def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinator to use.") -> Callable[[F], F]:
+    return click.option(
+        "--address",
+        envvar="OUTRIDER_ADDRESS",
+        default=default,
+        show_default=default is not None,
+        show_envvar=True,
+        help=help,
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+_CLUSTER_OPTIONS = (
+    click.option(
+        "--target",
+        default="sample",
+        show_default=True,
+        help="Target model: sample, a Hugging Face id, a directory, a GGUF file, or simulated.",
+    ),
+    click.option("--draft", default="sample", show_default=True, help="Draft model, for --drafter model."),
+    click.option(
+        "--drafter",
+        type=click.Choice(DRAFTERS),
+        help="How tokens are proposed.  [default: ngram, or simulated with a simulated target]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="float32",
+        show_default=True,
+        help="Floating point type of the models.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Threads for the models on CPU, split between the workers; 0 takes all cores.",
+    ),
+    click.option(
+        "--simulated",
+        is_flag=True,
+        help="Simulated target and drafter: no weights, given latencies. Short for --target simulated.",
+    ),
+    click.option(
+        "--simulated-step-ms",
+        type=click.FloatRange(min=0),
+        default=20.0,
+        show_default=True,
+        help="Simulated target: milliseconds of a forward.",
+    ),
+    click.option(
+        "--simulated-row-ms",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="Simulated target: milliseconds for each row of a forward.",
+    ),
+    click.option(
+        "--simulated-token-ms",
+        type=click.FloatRange(min=0),
+        default=2.0,
+        show_default=True,
+        help="Simulated drafter: milliseconds for each token.",
+    ),
+    click.option(
+        "--simulated-acceptance",
+        type=click.FloatRange(0, 1),
+        default=0.7,
+        show_default=True,
+        help="Simulated drafter: probability that a token is right.",
+    ),
+)
+
+_SPEC_FIELDS = (
+    "draft",
+    "dtype",
+    "device",
+    "threads",
+    "simulated_step_ms",
+    "simulated_row_ms",
+    "simulated_token_ms",
+    "simulated_acceptance",
+)
+"""Options that go into the spec as they are."""
+
+_DECODE_OPTIONS = (
+    click.option(
+        "--verification",
+        type=click.Choice(METHODS),
+        default="coupled",
+        show_default=True,
+        help="How proposals are checked; threshold is lossy.",
+    ),
+    click.option(
+        "--num-draft-tokens",
+        type=click.IntRange(0, MAX_DRAFT_TOKENS),
+        help="Draft tokens a round; 0 decodes plainly.  [default: the server's]",
+    ),
+)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that describe a cluster; the command gets them as one argument, `spec`."""
+
+    @functools.wraps(command)
+    def with_spec(**options: Any) -> Any:
+        target, drafter = options.pop("target"), options.pop("drafter")
+        if options.pop("simulated"):
+            target = SIMULATED
+        spec = ClusterSpec(
+            target=target,
+            drafter=drafter or (SIMULATED if target == SIMULATED else "ngram"),
+            **{name: options.pop(name) for name in _SPEC_FIELDS},
+        )
+        return command(spec=spec, **options)
+
+    return _apply(with_spec, _CLUSTER_OPTIONS)
+
+
+def decode_options(command: F) -> F:
+    """Adds --verification and --num-draft-tokens."""
+    return _apply(command, _DECODE_OPTIONS)
+
+
+def _apply(command: F, options: tuple[Callable[[Any], Any], ...]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command

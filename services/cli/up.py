@@ -1,0 +1,71 @@
+"""`outrider up`: the three services and their session store on this machine, until a signal.
+
+Owns: keeping them, and noticing when one ends. Must not know: how processes are started and stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+
+import click
+
+from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.failure import CommandFailed
+from services.cli.options import cluster_options, json_option
+from services.cli.terminal import notices, results
+
+_WATCH_S = 0.2
+_PORT = click.IntRange(0, 65_535)
+
+
+@click.command()
+@cluster_options
+@click.option("--coordinator-port", type=_PORT, default=50051, show_default=True, help="0 takes a free one.")
+@click.option("--draft-port", type=_PORT, default=50052, show_default=True, help="0 takes a free one.")
+@click.option("--target-port", type=_PORT, default=50053, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--num-draft-tokens", type=click.IntRange(0, 16), help="Draft tokens a round where a request leaves it open."
+)
+@json_option
+def up(
+    spec: ClusterSpec,
+    coordinator_port: int,
+    draft_port: int,
+    target_port: int,
+    num_draft_tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Start coordinator, draft, target and a bundled Redis-compatible server here, on loopback, and keep them running.
+
+    Without options: the sample model (downloaded once) in float32 on CPU, with the n-gram drafter. Ctrl-C or SIGTERM
+    stops everything. With --json one line with the addresses is printed once all are ready.
+    """
+    spec = dataclasses.replace(
+        spec,
+        coordinator_port=coordinator_port,
+        draft_port=draft_port,
+        target_port=target_port,
+        num_draft_tokens=num_draft_tokens,
+    )
+    console = notices()
+    with console.status("starting") as status, Cluster(spec, status.update) as cluster:
+        status.stop()
+        addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
+        if as_json:
+            click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses}))
+        else:
+            _print_welcome(addresses)
+        while (ended := cluster.ended()) is None:
+            time.sleep(_WATCH_S)
+        raise CommandFailed(f"the {ended.name} ended by itself; everything is stopped", detail=ended.last_lines())
+
+
+def _print_welcome(addresses: dict[str, str]) -> None:
+    console = results()
+    for service, address in addresses.items():
+        console.print(f"[bold]{service:<12}[/bold] {address}")
+    flag = "" if addresses["coordinator"].endswith(":50051") else f" --address {addresses['coordinator']}"
+    console.print(f'\nTry:  outrider generate{flag} "Why is the sky blue?"\nStop: Ctrl-C')
