@@ -11,7 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from services.common.errors import Aborted, OutriderError, ResourceExhausted
+from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Open, Opened, Propose, Proposed, Refused
 from services.common.values import WorkerLoad
 from services.engine.drafters.base import Draft, Drafter
@@ -65,6 +65,7 @@ class DraftCore:
         self._limits = Limits(max_sequences, max_sequence_len, max_draft_tokens, vocab_size)
         self._table: SequenceTable[_Slot] = SequenceTable(max_sequences, Fence(clock))
         self._clock = clock
+        self._draining = False
 
     def handle(self, connection: int, items: Items[DraftItem], arrived_ns: int | None = None) -> Results:
         """Takes items in order; returns refusals, and what needs no step."""
@@ -83,6 +84,10 @@ class DraftCore:
             if slot.connection == connection:
                 self._end(slot)
 
+    def drain(self) -> None:
+        """Refuses every Open from now on (Unavailable, DRAINING)."""
+        self._draining = True
+
     def abandon(self, error: OutriderError) -> Results:
         """Ends every sequence; refuses what was in progress with `error`."""
         return [result for slot in self._table.slots for result in self._end(slot, error)]
@@ -99,6 +104,7 @@ class DraftCore:
             num_queued=sum(len(slot.pending) for slot in self._table.slots),
             num_used_blocks=blocks.num_used_blocks if blocks else 0,
             num_blocks=blocks.num_blocks if blocks else 0,
+            draining=self._draining,
         )
 
     def check_integrity(self) -> None:
@@ -133,6 +139,8 @@ class DraftCore:
                 return []
 
     def _open(self, connection: int, item: Open, arrived_ns: int) -> Results:
+        if self._draining:
+            raise Unavailable("DRAINING", "the worker is draining and opens no more sequences")
         self._limits.check_open(item)
         self._table.check_room(item.identity)
         new = Sequence.from_open(item)

@@ -3,7 +3,7 @@
 Owns: the queue before the core, the thread, and what happens when the core fails. Must not know: the wire, asyncio,
 torch, what an item means. All that is ready before a step goes into it; an idle thread waits on a condition.
 
-    any thread      connect, Connection.submit, Connection.close, run, load
+    any thread      connect, Connection.submit, Connection.close, run, drain, load
     engine thread   the core's methods, and every `deliver`
 """
 
@@ -61,6 +61,10 @@ class Core(Protocol[ItemIn, Result]):
 
     def abandon(self, error: OutriderError) -> list[tuple[int, Result]]:
         """Ends every sequence and frees its blocks; returns one Refused with `error` for every item in progress."""
+        ...
+
+    def drain(self) -> None:
+        """Opens no sequence from now on, and `load` says so; those that are open go on."""
         ...
 
     @property
@@ -184,6 +188,14 @@ class EngineThread(Generic[Item, Result]):
             self._inbox.append(call)
             self._wake.notify()
         return future.result(timeout_s)
+
+    def drain(self) -> None:
+        """Tells the core to open no more sequences; every load that is delivered from now on says so."""
+        self.run(self._drain)
+
+    def _drain(self) -> None:
+        self._core.drain()
+        self._load = self._core.load
 
     def _check_serving(self) -> None:
         if self.failed is not None:

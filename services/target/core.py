@@ -15,7 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from services.common.errors import Aborted, InvalidArgument, OutriderError, ResourceExhausted
+from services.common.errors import Aborted, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, Decode, Identity, Open, Refused, TargetItem, TargetResult, Tokens, Verify
 from services.common.values import Proposal, WorkerLoad
 from services.engine.block_manager import BlockManager
@@ -90,6 +90,7 @@ class TargetCore:
         self._scheduler = Scheduler(blocks, prefill_budget)
         self._table: SequenceTable[_Slot] = SequenceTable(max_sequences, Fence(clock))
         self._clock = clock
+        self._draining = False
 
     def handle(self, connection: int, items: Items[TargetItem], arrived_ns: int | None = None) -> Results:
         """Takes items in order; returns refusals, and the ends of interrupted Decodes."""
@@ -108,6 +109,10 @@ class TargetCore:
             if slot.connection == connection:
                 self._end(slot)
 
+    def drain(self) -> None:
+        """Refuses every Open from now on (Unavailable, DRAINING)."""
+        self._draining = True
+
     def abandon(self, error: OutriderError) -> Results:
         """Ends every sequence; refuses what was in progress with `error`."""
         return [result for slot in self._table.slots for result in self._end(slot, error)]
@@ -123,6 +128,7 @@ class TargetCore:
             num_queued=sum(slot.pending is not None for slot in self._table.slots),
             num_used_blocks=self._blocks.num_used_blocks,
             num_blocks=self._blocks.num_blocks,
+            draining=self._draining,
         )
 
     def check_integrity(self) -> None:
@@ -161,6 +167,8 @@ class TargetCore:
                 return []
 
     def _open(self, connection: int, item: Open) -> Results:
+        if self._draining:
+            raise Unavailable("DRAINING", "the worker is draining and opens no more sequences")
         self._limits.check_open(item)
         self._table.check_room(item.identity)
         new = Sequence.from_open(item)
