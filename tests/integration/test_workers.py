@@ -1,0 +1,232 @@
+"""Draft and target workers over real sockets, with simulated models."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc.aio
+import pytest
+from outrider.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+from services.common import wire, wire_draft, wire_target
+from services.common.errors import Unavailable
+from services.common.items import Close, Decode, Identity, Open, Opened, Propose, Proposed, Refused, Tokens, Verify
+from services.common.rpc import channel_options, error_from_rpc
+from services.common.service import wait_until
+from services.common.values import Proposal, SamplingParams, VerificationMethod
+from services.common.worker_server import BuiltWorker, Recipe, running_worker
+from services.draft.config import DraftConfig
+from services.draft.server import running_draft
+from services.target.config import TargetConfig
+from services.target.server import build, running_target
+from services.target.servicer import TargetServicer
+
+TARGET = TargetConfig(port=0, model="simulated", simulated_step_ms=1.0)
+DRAFT = DraftConfig(port=0, drafter="simulated", simulated_token_ms=0.0, simulated_acceptance=1.0)
+PREFIX = tuple(b"hello, world")
+
+
+def identity(
+    session: str = "s", *, epoch: int = 1, attempt: int = 1, round: int = 0, base_len: int = len(PREFIX)
+) -> Identity:
+    return Identity(session, epoch, attempt, round, base_len)
+
+
+def opening(who: Identity, max_new_tokens: int = 100) -> Open:
+    greedy = SamplingParams(temperature=0.0)
+    return Open(who, PREFIX, len(PREFIX), frozenset({256}), greedy, VerificationMethod.COUPLED, max_new_tokens)
+
+
+class Stream:
+    """A coordinator's end of a worker's stream."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall, codec) -> None:
+        self._call = call
+        self._codec = codec
+        self._results: list = []
+
+    async def send(self, *items) -> None:
+        await self._call.write(self._codec.encode_items(items))
+
+    async def next(self):
+        while not self._results:
+            response = await asyncio.wait_for(self._call.read(), 10)
+            self._results += self._codec.decode_results(response)
+        return self._results.pop(0)
+
+    async def tokens(self) -> tuple[int, ...]:
+        """The tokens of a Decode, up to its end."""
+        ids: tuple[int, ...] = ()
+        while True:
+            result = await self.next()
+            assert isinstance(result, Tokens), result
+            ids += result.token_ids
+            if result.done:
+                return ids
+
+
+@asynccontextmanager
+async def target_stream(port: int) -> AsyncIterator[Stream]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        yield Stream(target_pb2_grpc.TargetServiceStub(channel).TargetStream(), wire_target)
+
+
+@asynccontextmanager
+async def draft_stream(port: int) -> AsyncIterator[Stream]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        yield Stream(draft_pb2_grpc.DraftServiceStub(channel).DraftStream(), wire_draft)
+
+
+async def worker_info(port: int):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        return wire.info_from_proto(await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest()))
+
+
+async def test_workers_describe_themselves() -> None:
+    async with running_target(TARGET) as target, running_draft(DRAFT) as draft:
+        target_info, draft_info = await worker_info(target.port), await worker_info(draft.port)
+    assert (target_info.role, draft_info.role) == ("target", "draft")
+    assert target_info.model is not None
+    assert draft_info.model is not None
+    assert target_info.model.vocab_digest == draft_info.model.vocab_digest != ""
+    assert draft_info.drafter == "simulated"
+    assert target_info.instance_id != draft_info.instance_id
+
+
+async def test_a_lookup_drafter_has_no_vocabulary_of_its_own() -> None:
+    async with running_draft(DraftConfig(port=0)) as draft:
+        info = await worker_info(draft.port)
+    assert (info.drafter, info.model) == ("ngram", None)
+
+
+async def test_propose_and_verify_give_the_tokens_of_plain_decoding() -> None:
+    async with running_target(TARGET) as target, running_draft(DRAFT) as draft, target_stream(target.port) as verify:
+        await verify.send(opening(identity("plain")), Decode(identity("plain"), 20))
+        plain = await verify.tokens()
+        assert len(plain) == 20
+        async with draft_stream(draft.port) as propose:
+            await propose.send(opening(identity()))
+            assert isinstance(await propose.next(), Opened)
+            await verify.send(opening(identity()), Decode(identity(), 1))
+            generated = commit = await verify.tokens()
+            round = 0
+            while len(generated) < 20:
+                round += 1
+                at = identity(round=round, base_len=len(PREFIX) + len(generated))
+                await propose.send(Propose(at, commit, 4, round))
+                proposed = await propose.next()
+                assert isinstance(proposed, Proposed)
+                assert len(proposed.proposal.token_ids) == 4
+                await verify.send(Verify(at, proposed.proposal))
+                commit = await verify.tokens()
+                generated += commit
+    assert round == 4, "an agreeing draft gets five tokens a round"
+    assert generated[:20] == plain
+
+
+async def test_a_decode_ends_at_an_interrupt() -> None:
+    config = TargetConfig(port=0, model="simulated", simulated_step_ms=5.0)
+    async with running_target(config) as target, target_stream(target.port) as stream:
+        await stream.send(opening(identity(), 10_000), Decode(identity(), 10_000))
+        first = await stream.next()
+        await stream.send(Decode(identity(base_len=len(PREFIX)), 0))
+        rest = await stream.tokens()
+        assert len(first.token_ids) == 1
+        assert len(rest) < 1000
+        end = len(PREFIX) + 1 + len(rest)
+        await stream.send(Verify(identity(round=1, base_len=end), Proposal(1, ())))
+        assert len(await stream.tokens()) == 1
+
+
+async def test_a_bad_item_is_refused_alone() -> None:
+    async with running_target(TARGET) as target, target_stream(target.port) as stream:
+        await stream.send(Verify(identity("unknown"), Proposal(1, (1,))), opening(identity()), Decode(identity(), 1))
+        results = [await stream.next(), await stream.next()]
+        refused = next(result for result in results if isinstance(result, Refused))
+        assert refused.error.reason == "UNKNOWN_SEQUENCE"
+        assert any(isinstance(result, Tokens) for result in results)
+
+
+async def test_older_work_is_refused_as_stale() -> None:
+    async with running_target(TARGET) as target, target_stream(target.port) as stream:
+        await stream.send(opening(identity(attempt=2)), Decode(identity(attempt=2), 1))
+        await stream.tokens()
+        await stream.send(opening(identity(attempt=1)))
+        assert (await stream.next()).error.reason == "STALE"
+
+
+async def test_a_stream_that_breaks_frees_its_sequences() -> None:
+    async with running_target(TARGET) as target:
+        async with target_stream(target.port) as stream:
+            await stream.send(opening(identity(), 10_000), Decode(identity(), 10_000))
+            await stream.next()
+            assert target.engine.load.num_sequences == 1
+        assert await wait_until(lambda: target.engine.load.num_used_blocks == 0, 1.0, 0.01)
+        assert target.engine.load.num_sequences == 0
+
+
+async def test_close_frees_the_sequence_within_a_second() -> None:
+    async with running_target(TARGET) as target, target_stream(target.port) as stream:
+        await stream.send(opening(identity(), 10_000), Decode(identity(), 10_000))
+        await stream.next()
+        await stream.send(Close(identity()))
+        assert await wait_until(lambda: target.engine.load.num_used_blocks == 0, 1.0, 0.01)
+
+
+async def test_draining_refuses_new_sequences_and_waits_for_the_open_one() -> None:
+    async with running_target(TARGET) as target, target_stream(target.port) as stream:
+        await stream.send(opening(identity()), Decode(identity(), 1))
+        await stream.tokens()
+        draining = asyncio.create_task(target.drain(10))
+        assert await wait_until(lambda: target.engine.load.draining, 5, 0.01)
+        await stream.send(opening(identity("late")), Decode(identity("late"), 1))
+        refused = await stream.next()
+        assert refused.error.reason == "DRAINING"
+        assert not draining.done()
+        at = identity(round=1, base_len=len(PREFIX) + 1)
+        await stream.send(Decode(at, 3))
+        results = []
+        while sum(len(r.token_ids) for r in results) < 3:
+            if isinstance(result := await stream.next(), Tokens):
+                results.append(result)
+        await stream.send(Close(at))
+        assert await asyncio.wait_for(draining, 5)
+
+
+async def test_a_worker_that_loads_answers_starting() -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow_build() -> BuiltWorker:
+        loop.call_soon_threadsafe(started.set)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
+        return build(TARGET)
+
+    ports: list[int] = []
+    recipe = Recipe(target_pb2.DESCRIPTOR.services_by_name["TargetService"], TargetServicer, slow_build)
+    config = TargetConfig(port=free_port(), model="simulated")
+
+    async def serve() -> None:
+        async with running_worker(config, recipe) as running:
+            ports.append(running.port)
+
+    serving = asyncio.create_task(serve())
+    await asyncio.wait_for(started.wait(), 10)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await worker_info(config.port)
+    error = error_from_rpc(raised.value)
+    assert (type(error), error.reason) == (Unavailable, "STARTING")
+    assert error.retry_after_ms
+    go_on.set()
+    await asyncio.wait_for(serving, 10)
+    assert ports == [config.port]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
