@@ -1,0 +1,39 @@
+"""What sampling and verification refuse to work on: logits that are not finite, or too few.
+
+Owns: these checks and their sentences. Must not know: what logits are for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.common.errors import Internal
+from services.engine.step import Work
+
+
+def check_num_rows(works: list[Work], logits: Tensor) -> None:
+    """Raises Internal where the model gave another number of rows than the works ask for."""
+    if len(logits) != (expected := sum(work.num_rows for work in works)):
+        raise Internal("DEFECT", f"the model gave {len(logits)} rows of logits, {expected} were asked for")
+
+
+def nonfinite_rows(logits: Tensor) -> Tensor:
+    """Which rows [R, V] hold a NaN or an infinity: bool [R], in one pass, without a transfer off a device.
+
+    On a host, where looking is free, call `refuse_nonfinite` with it before using the logits; else with the transfer.
+    """
+    lowest, highest = torch.aminmax(logits, dim=1)
+    return ~(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def refuse_nonfinite(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> None:
+    """Raises Internal, naming the session, where a row of the works is flagged in `nonfinite` [sum of num_rows]."""
+    if not nonfinite.any():
+        return
+    owners = [work.sequence for work in works for _ in range(work.num_rows)]
+    sequence = owners[int(np.flatnonzero(nonfinite)[0])]
+    where = f"session {sequence.identity.session_id}, behind {len(sequence.tokens)} tokens"
+    raise Internal("DEFECT", f"the model's logits are not finite: {where}")
