@@ -73,9 +73,7 @@ class Where(NamedTuple):
     "--all-turns", is_flag=True, help="Send every turn of a conversation, in one session; else the first only."
 )
 @click.option("--raw", is_flag=True, help="Send prompts without the model's chat template.")
-@click.option(
-    "--ignore-eos", is_flag=True, help="Go on after end-of-sequence tokens, so that all outputs are max-tokens long."
-)
+@click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sequence tokens, up to max-tokens.")
 @click.option(
     "--warmup",
     type=click.IntRange(min=0),
@@ -110,8 +108,8 @@ def bench(
     """Measure throughput, latency and acceptance over a prompt file, with and without speculation.
 
     Starts a cluster of its own and stops it, unless --address or OUTRIDER_ADDRESS names one. Plain and speculative
-    requests alternate, so that a noisy machine treats both alike. With a simulated cluster the measured speed-up is shown beside
-    the formula's. Ends with status 1 if a request failed.
+    requests alternate, so that a noisy machine treats both alike. With a simulated cluster the measured speed-up is
+    shown beside the formula's. Ends with status 1 if a request failed.
     """
     options = GenerateOptions(
         max_tokens=max_tokens,

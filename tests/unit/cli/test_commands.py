@@ -1,0 +1,184 @@
+"""The commands against a scripted coordinator: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+
+from services.cli import failure, terminal
+from services.cli.main import main
+from services.client import Chunk, Token
+from services.common.errors import Aborted, ResourceExhausted, Unavailable
+from services.common.values import TokenOrigin
+from tests.fakes.coordinator import WORDS, FakeCoordinator, play, whole
+from tests.fakes.threaded import serving_in_thread
+
+
+@pytest.fixture
+def fake():
+    return FakeCoordinator(whole(4))
+
+
+@pytest.fixture
+def address(fake, monkeypatch):
+    monkeypatch.delenv("OUTRIDER_ADDRESS", raising=False)
+    with serving_in_thread(fake) as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def no_signals(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_generate_prints_the_text(address, capsys):
+    assert run("generate", "hi", "--address", address) == 0
+    assert capsys.readouterr().out == "".join(WORDS[:4]) + "\n"
+
+
+def test_generate_is_greedy_and_uses_the_chat_template_by_default(address, fake):
+    run("generate", "hi", "--system", "be brief", "--address", address)
+    request = fake.requests[0]
+    assert request.sampling.temperature == 0.0
+    assert [(m.role, m.content) for m in request.chat.messages] == [("system", "be brief"), ("user", "hi")]
+
+
+def test_generate_json_is_one_object_with_the_promised_fields(address, capsys):
+    run("generate", "hi", "--json", "--seed", "9", "--session", "s", "--address", address)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["text"] == "".join(WORDS[:4])
+    assert printed["token_ids"] == [100, 101, 102, 103]
+    assert printed["origins"] == ["draft", "target"] * 2
+    assert (printed["prompt_token_ids"], printed["finish_reason"]) == ([7, 8], "length")
+    assert (printed["seed"], printed["session_id"]) == (9, "s")
+    assert printed["statistics"]["acceptance_rate"] == 0.75
+
+
+def test_generate_reads_standard_input_and_sends_it_raw(address, fake, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("grüß\n".encode())))
+    assert run("generate", "--raw", "--address", address) == 0
+    assert fake.requests[0].prompt == "grüß\n"
+
+
+def test_generate_refuses_input_that_is_not_utf8(address, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert run("generate", "--address", address) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_generate_passes_sampling_options(address, fake):
+    run(
+        *("generate", "hi", "--address", address, "--temperature", "0.5", "--top-p", "0.25", "--top-k", "3"),
+        *("--min-p", "0.5", "--stop", "a", "--stop", "b", "--verification", "rejection", "--num-draft-tokens", "2"),
+        *("--max-tokens", "5", "--repetition-penalty", "2", "--presence-penalty", "1", "--frequency-penalty", "0.5"),
+    )
+    request = fake.requests[0]
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 3, 0.5)
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    assert penalties == (2.0, 1.0, 0.5)
+    assert (list(request.stop), request.num_draft_tokens, request.max_tokens) == (["a", "b"], 2, 5)
+
+
+def test_a_refusal_is_one_line_with_its_reason_and_status_1(address, fake, capsys):
+    fake.scripts = [play(Aborted("SESSION_BUSY", "another request is running"), start=False)]
+    assert run("generate", "hi", "--address", address) == 1
+    error = capsys.readouterr().err
+    assert error == "outrider: another request is running [SESSION_BUSY]\n"
+
+
+def test_an_unreachable_coordinator_is_said_so(capsys):
+    with serving_in_thread(FakeCoordinator(whole())) as gone:
+        pass
+    assert run("models", "--address", gone) == 1
+    error = capsys.readouterr().err
+    assert f"cannot reach the coordinator at {gone}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hi", "--nonsense"],
+        ["generate", "hi", "--raw", "--system", "x"],
+        ["generate", "hi", "--num-draft-tokens", "17"],
+        ["bench", "--mode", "fast"],
+        ["serve", "nothing"],
+    ],
+)
+def test_wrong_usage_has_status_2(arguments):
+    assert run(*arguments) == 2
+
+
+def test_models_and_sessions(address, capsys):
+    assert run("models", "--json", "--address", address) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "fake"
+    assert run("sessions", "get", "known", "--json", "--address", address) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == [7, 8, 100]
+    assert run("sessions", "get", "other", "--address", address) == 1
+    assert "UNKNOWN_SESSION" in capsys.readouterr().err
+    assert run("sessions", "close", "known", "--address", address) == 0
+
+
+def test_bench_measures_a_running_coordinator(address, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert run("bench", "--address", address, "--limit", "3", "--json", str(file)) == 0
+    report = json.loads(file.read_text())
+    assert (report["num_requests"], report["failed_requests"], report["num_identical_outputs"]) == (3, 0, 3)
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_bench_with_failures_has_status_1_and_still_reports(address, fake, tmp_path):
+    refusal = play(Aborted("SESSION_BUSY", "busy"), start=False)
+    fake.scripts = [whole(2), whole(2), whole(2), refusal]
+    file = tmp_path / "report.json"
+    assert run("bench", "--address", address, "--limit", "1", "--json", str(file)) == 1
+    assert json.loads(file.read_text())["failures"] == {"SESSION_BUSY": 1}
+
+
+def test_colours_follow_the_origin_and_trailing_text_is_plain(capsys):
+    tokens = (Token(1, TokenOrigin.DRAFT, "a"), Token(2, TokenOrigin.TARGET, "b"), Token(3, TokenOrigin.DRAFT, ""))
+    terminal.write_text(Chunk("abc", tokens, 0, 3), coloured=True)
+    expected = click.style("a", fg="green") + click.style("b", fg="yellow") + "c"
+    assert capsys.readouterr().out == expected
+
+
+def test_text_cannot_steer_the_terminal():
+    assert terminal.printable("a\x1b[2Jb\x07\r\n\tc") == "a\ufffd[2Jb\ufffd\ufffd\n\tc"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_are_off_on_request(monkeypatch, variable, value):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal_like = io.StringIO()
+    monkeypatch.setattr(terminal_like, "isatty", lambda: True, raising=False)
+    assert terminal.is_coloured(terminal_like)
+    monkeypatch.setenv(variable, value)
+    assert not terminal.is_coloured(terminal_like)
+
+
+def test_errors_say_whether_trying_again_helps():
+    later = ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after_ms=1500)
+    assert failure.describe(later) == "the queue is full [QUEUE_FULL]; try again in 1.5 s"
+    assert "later may help" in failure.describe(Unavailable("NO_TARGET", "no target"))
+
+
+def test_the_command_never_loads_torch_or_a_service():
+    code = (
+        "import sys, services.cli.main; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

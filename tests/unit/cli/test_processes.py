@@ -1,0 +1,104 @@
+"""Child processes: ready when they say so, stopped without remains, dead with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from services.cli.failure import CommandFailed
+from services.cli.processes import Process, Ready, ready_line
+
+READY = 'print(\'{"event": "ready", "service": "x", "port": 7}\', flush=True)'
+
+
+def python(code: str, log_dir: Path) -> Process:
+    return Process("child", [sys.executable, "-c", code], log_dir, dict(os.environ))
+
+
+def wait_gone(pid: int) -> None:
+    """Until the process is gone or a zombie whose parent has not looked yet."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail(f"process {pid} still runs")
+
+
+def test_ready_line_is_taken_whole_and_among_others():
+    line = '{"event": "ready", "service": "target", "port": 5}'
+    assert ready_line(f"noise\n{line}\n") == Ready("target", 5)
+    assert ready_line(line) is None
+    assert ready_line('{"event": "other"}\n[1]\n') is None
+
+
+def test_a_process_is_ready_when_it_says_so_and_stops_when_told(tmp_path):
+    process = python(f"import time; {READY}; time.sleep(60)", tmp_path)
+    try:
+        assert process.wait_ready(10) == Ready("x", 7)
+        assert process.running
+    finally:
+        process.stop(5)
+    assert not process.running
+
+
+def test_a_process_that_ends_early_shows_the_end_of_its_log(tmp_path):
+    process = python("import sys; sys.exit('no such model')", tmp_path)
+    with pytest.raises(CommandFailed, match="ended") as caught:
+        process.wait_ready(10)
+    assert "no such model" in caught.value.detail
+
+
+def test_a_process_that_is_never_ready_is_late(tmp_path):
+    process = python("import time; time.sleep(60)", tmp_path)
+    try:
+        with pytest.raises(CommandFailed, match="not ready"):
+            process.wait_ready(0.05)
+    finally:
+        process.stop(5)
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path):
+    code = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}; time.sleep(60)"
+    process = python(code, tmp_path)
+    process.wait_ready(10)
+    process.stop(0.05)
+    assert not process.running
+
+
+def test_what_a_process_started_is_stopped_with_it(tmp_path):
+    grandchild = (
+        "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    ready = 'print(\'{"event": "ready", "port": %d}\' % c.pid, flush=True)'
+    process = python(f"{grandchild}; {ready}; time.sleep(60)", tmp_path)
+    pid = process.wait_ready(10).port
+    process.stop(5)
+    wait_gone(pid)
+
+
+def test_a_child_dies_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "import os, pathlib, sys, time\n"
+        "from services.cli.processes import Process\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "p = Process('child', command, pathlib.Path(sys.argv[1]), os.environ)\n"
+        "print(p.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(10)
+    wait_gone(pid)
