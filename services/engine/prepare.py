@@ -81,7 +81,7 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     path = Path(model)
     if model == SAMPLE:
         directory = _sample(cache_dir, reporter)
-    elif path.is_dir():
+    elif model and path.is_dir():
         directory = path.resolve()
     elif path.suffix == ".gguf":
         directory = _local_gguf(path, cache_dir, reporter)

@@ -63,8 +63,8 @@ def self_check(model: CausalModel, block_size: int) -> float:
     if not difference <= tolerance:
         raise ModelUnsupported(
             f"{type(model.module).__name__} through the paged attention differs from its own attention by "
-            f"{difference:.1e} of the largest logit, more than {tolerance:.0e}: its result depends on something that the "
-            "paged attention is not given"
+            f"{difference:.1e} of the largest logit, more than {tolerance:.0e}: its result depends on something "
+            "that the paged attention is not given"
         )
     return difference
 

@@ -1,0 +1,33 @@
+"""The pool gives back what was written, block by block, within its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.common.errors import ConfigError
+from services.engine.kv_pool import KvPool, LayerShape, block_bytes, num_blocks_within
+
+SHAPES = (LayerShape(2, 8, 8), LayerShape(1, 16, 4))
+
+
+def test_blocks_are_gathered_in_the_order_of_the_table() -> None:
+    pool = KvPool(SHAPES, 4, 2, torch.float32, torch.device("cpu"))
+    keys, values = torch.randn(3, 1, 16), torch.randn(3, 1, 4)
+    pool.write(1, torch.tensor([6, 7, 2]), keys, values)
+    gathered_keys, gathered_values = pool.gather(1, torch.tensor([[3, 1], [1, 0]]))
+    assert gathered_keys.shape == (2, 1, 4, 16)
+    torch.testing.assert_close(gathered_keys[0, 0, :3], keys[:, 0])
+    torch.testing.assert_close(gathered_values[1, 0, 0], values[2, 0])
+    assert not gathered_keys[1, 0, 1:].any()
+
+
+def test_a_budget_holds_as_many_blocks_as_their_bytes_say() -> None:
+    one = block_bytes(SHAPES, 16, torch.bfloat16)
+    assert one == (2 * 16 + 20) * 16 * 2
+    assert num_blocks_within(10 * one + 1, SHAPES, 16, torch.bfloat16) == 10
+
+
+def test_a_budget_below_one_block_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="hold no block"):
+        num_blocks_within(10, SHAPES, 16, torch.float32)

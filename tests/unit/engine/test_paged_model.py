@@ -1,0 +1,150 @@
+"""A name becomes a checked engine, and a step passes its logits to verification or sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from services.common.config import cache_dir
+from services.common.errors import ConfigError, ModelUnsupported
+from services.common.items import Identity, Open
+from services.common.values import SamplingParams, VerificationMethod
+from services.engine.block_manager import BlockManager
+from services.engine.paged_model import (
+    EngineOptions,
+    PagedDraftModel,
+    PagedEngine,
+    PagedTargetModel,
+    load_engine,
+)
+from services.engine.prepare import SAMPLE_NAME
+from services.engine.progress import Reporter
+from services.engine.sequence import Sequence
+from services.engine.step import Sampled, Verdict, Work
+from tests.tiny_models import save_model
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+class Greedy:
+    """Verifies and samples by argmax, one row a work."""
+
+    def verify(self, works: list[Work], logits: torch.Tensor) -> list[Verdict | None]:
+        best = iter(logits.argmax(-1).tolist())
+        return [Verdict((next(best),), 0) if work.num_rows else None for work in works]
+
+    def sample(self, works: list[Work], logits: torch.Tensor) -> list[Sampled | None]:
+        return [Sampled(v.token_ids[0], None) if v else None for v in self.verify(works, logits)]
+
+
+def open_sequence(prefix: list[int]) -> Sequence:
+    identity = Identity("s", 0, 0, 0, len(prefix))
+    return Sequence.from_open(
+        Open(identity, tuple(prefix), len(prefix), frozenset(), SamplingParams(), VerificationMethod.COUPLED, 100)
+    )
+
+
+def greedy_tokens(engine: PagedEngine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Decodes all prompts together through the target's step."""
+    target, blocks = PagedTargetModel(engine, Greedy()), BlockManager(engine.num_blocks, engine.block_size)
+    sequences = [open_sequence(prompt) for prompt in prompts]
+    for _ in range(num_tokens):
+        for sequence in sequences:
+            blocks.extend(sequence, len(sequence))
+        verdicts = target.step([Work(sequence, sequence.num_uncached_tokens, None, 1) for sequence in sequences])
+        for sequence, verdict in zip(sequences, verdicts, strict=True):
+            assert verdict is not None
+            sequence.num_cached = len(sequence)
+            sequence.tokens.extend(verdict.token_ids)
+    return [sequence.tokens[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+
+def generated_tokens(directory: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """What transformers' own `generate` makes of a prompt, greedily and without an end of sequence."""
+    module = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.tensor([prompt])
+    module.generation_config.eos_token_id = None
+    output = module.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
+    generated: list[int] = output[0, len(prompt) :].tolist()
+    return generated
+
+
+def test_a_directory_becomes_an_engine_that_tells_what_it_is(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "tiny", "llama", vocab_size=300)
+    engine = load_engine(EngineOptions(str(directory), tmp_path, kv_memory_bytes=1 << 20, block_size=8), QUIET)
+    assert (engine.info.name, engine.info.vocab_size, engine.info.dtype, engine.info.device) == (
+        "tiny",
+        300,
+        "float32",
+        "cpu",
+    )
+    assert (len(engine.info.digest), len(engine.info.vocab_digest)) == (64, 64)
+    assert (engine.eos_token_ids, engine.max_sequence_len) == (frozenset({0}), 512)
+    assert engine.num_blocks == (1 << 20) // (2 * 2 * 8 * 8 * 2 * 4)
+    assert engine.self_check_difference < 1e-5
+
+
+def test_a_given_name_and_number_of_blocks_are_used(tmp_path: Path) -> None:
+    options = EngineOptions(str(save_model(tmp_path)), tmp_path, name="mine", num_blocks=5)
+    engine = load_engine(options, QUIET)
+    assert (engine.info.name, engine.num_blocks, engine.runner.pool.num_blocks) == ("mine", 5, 5)
+
+
+def test_draft_and_target_steps_answer_works_with_rows_only(tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    blocks, sequences = BlockManager(8, 16), [open_sequence([5, 6, 7]), open_sequence([8, 9])]
+    for sequence in sequences:
+        blocks.extend(sequence, len(sequence))
+    works = [Work(sequences[0], 2), Work(sequences[1], 2, None, 1)]
+    target, draft = PagedTargetModel(engine, Greedy()), PagedDraftModel(engine, Greedy())
+    none, verdict = target.step(works)
+    assert none is None
+    assert verdict is not None
+    assert draft.step(works) == [None, Sampled(verdict.token_ids[0], None)]
+    assert target.info is draft.info is engine.info
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2"])
+def test_greedy_decoding_in_a_batch_is_that_of_generate(tmp_path: Path, family: str) -> None:
+    directory = save_model(tmp_path, family)
+    engine = load_engine(EngineOptions(str(directory), tmp_path, num_blocks=32), QUIET)
+    prompts = [[7, 8, 9, 10], [30] * 20]
+    expected = [generated_tokens(directory, prompt, 24) for prompt in prompts]
+    assert greedy_tokens(engine, prompts, 24) == expected
+
+
+def test_bad_settings_stop_the_load_before_any_download(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype"):
+        load_engine(EngineOptions("sample", tmp_path, dtype="int4"), QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupported, match="Bloom"):
+        load_engine(EngineOptions(str(save_model(tmp_path, "bloom")), tmp_path), QUIET)
+
+
+@pytest.mark.sample_model
+def test_the_sample_model_decodes_as_generate_does() -> None:
+    directory = cache_dir() / "models" / SAMPLE_NAME
+    if not directory.is_dir():
+        pytest.skip("the sample model is not in the cache; `python -m services.engine.prepare sample` puts it there")
+    engine = load_engine(EngineOptions("sample", cache_dir(), num_blocks=64, num_threads=2), QUIET)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    texts = ["Write a short story about a lighthouse.", "List five facts about the moon, please. 123 + 456 = ?"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        for text in texts
+    ]
+    expected = [generated_tokens(directory, prompt, 16) for prompt in prompts]
+    assert greedy_tokens(engine, prompts, 16) == expected
