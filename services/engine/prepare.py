@@ -63,13 +63,21 @@ SAMPLE_WHEEL = SampleWheel(
 
 
 def display_name(model: str) -> str:
-    """The name a model is listed under: the sample's own, a hub id as given, else the file's or directory's name."""
+    """The name a model is listed under: the sample's own, a hub id as given, else the file's or directory's name.
+
+    A directory inside the hub's cache (models--org--name/snapshots/revision) is listed under its id.
+    """
     if model == SAMPLE:
         return SAMPLE_NAME
     path = Path(model)
     if path.suffix == ".gguf":
         return path.stem
-    return path.resolve().name if path.is_dir() else model
+    if not path.is_dir():
+        return model
+    directory = path.resolve()
+    if directory.parent.name == "snapshots" and directory.parts[-3].startswith("models--"):
+        return directory.parts[-3].removeprefix("models--").replace("--", "/")
+    return directory.name
 
 
 def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:

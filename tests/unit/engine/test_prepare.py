@@ -180,6 +180,9 @@ def test_names_are_shown_without_paths(tmp_path: Path) -> None:
     assert display_name("org/name") == "org/name"
     assert display_name(str(tmp_path / "own-model")) == "own-model"
     assert display_name(str(tmp_path / "file.Q4.gguf")) == "file.Q4"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    assert display_name(str(snapshot)) == "org/name"
 
 
 def test_the_command_prints_the_directory_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
