@@ -111,6 +111,7 @@ class PagedTargetModel(TargetModel):
     def info(self) -> ModelInfo:
         return self._engine.info
 
+    @torch.inference_mode()
     def step(self, works: list[Work]) -> list[Verdict | None]:
         return self._verifier.verify(works, self._engine.runner.forward(works))
 
@@ -126,5 +127,6 @@ class PagedDraftModel(DraftModel):
     def info(self) -> ModelInfo:
         return self._engine.info
 
+    @torch.inference_mode()
     def step(self, works: list[Work]) -> list[Sampled | None]:
         return self._sampler.sample(works, self._engine.runner.forward(works))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from services.common.config import cache_dir
 from services.common.errors import ConfigError, ModelUnsupported
 from services.common.items import Identity, Open
-from services.common.values import SamplingParams, VerificationMethod
+from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.engine.block_manager import BlockManager
 from services.engine.paged_model import (
     EngineOptions,
@@ -22,8 +23,10 @@ from services.engine.paged_model import (
 )
 from services.engine.prepare import SAMPLE_NAME
 from services.engine.progress import Reporter
+from services.engine.sampler import Sampler
 from services.engine.sequence import Sequence
 from services.engine.step import Sampled, Verdict, Work
+from services.engine.verifier import Verifier
 from tests.tiny_models import save_model
 
 QUIET = Reporter(quiet=True)
@@ -121,6 +124,26 @@ def test_greedy_decoding_in_a_batch_is_that_of_generate(tmp_path: Path, family: 
     prompts = [[7, 8, 9, 10], [30] * 20]
     expected = [generated_tokens(directory, prompt, 24) for prompt in prompts]
     assert greedy_tokens(engine, prompts, 24) == expected
+
+
+def test_the_real_verifier_accepts_what_the_real_sampler_drafted_from_the_same_model(tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path, peakedness=1.0)), tmp_path, num_blocks=8), QUIET)
+    sampling = SamplingParams(temperature=1.0, seed=11, repetition_penalty=1.2, presence_penalty=0.5)
+    sequence = replace(open_sequence([5, 6, 7]), sampling=sampling)
+    BlockManager(8, 16).extend(sequence, 8)
+    draft, target = PagedDraftModel(engine, Sampler()), PagedTargetModel(engine, Verifier())
+    drafted: list[int] = []
+    for _ in range(4):
+        (sampled,) = draft.step([Work(sequence, sequence.num_uncached_tokens, None, 1)])
+        assert sampled is not None
+        sequence.num_cached = len(sequence)
+        sequence.tokens.append(sampled.token_id)
+        drafted.append(sampled.token_id)
+    sequence.tokens, sequence.num_cached = [5, 6, 7], 0
+    (verdict,) = target.step([Work(sequence, 3, Proposal(0, tuple(drafted)), 5)])
+    assert verdict is not None
+    assert verdict.num_accepted_tokens == 4
+    assert verdict.token_ids[:4] == tuple(drafted)
 
 
 def test_bad_settings_stop_the_load_before_any_download(tmp_path: Path) -> None:
