@@ -4,7 +4,7 @@ Owns: the order of a step and the claims on the pool. Must not know: torch, cloc
 the plan is a function of the demands, in their order, and of the pool.
 
 A step takes, oldest first,
-1. rows: sequences that somebody waits for and that lack at most a round's tokens;
+1. rows: running sequences that somebody waits for and that lack at most a round's tokens;
 2. prefill chunks of sequences that somebody waits for, under a token budget. A prefill holds all its blocks before its
    first chunk or none, and where the oldest finds no room, no newer one starts;
 3. prefill chunks that nobody waits for yet, with what is left of the budget and of the pool.
@@ -46,7 +46,8 @@ class Demand:
 
     @property
     def is_row(self) -> bool:
-        return self.awaited and self.wants_row and self.sequence.num_uncached_tokens <= MAX_ROUND_LEN
+        sequence = self.sequence
+        return self.awaited and self.wants_row and 0 < sequence.num_cached >= len(sequence) - MAX_ROUND_LEN
 
     @property
     def max_len(self) -> int:

@@ -1,0 +1,102 @@
+"""Order of a step, and who gives way when the pool is full."""
+
+from __future__ import annotations
+
+from services.common.values import Proposal
+from services.engine.block_manager import BlockManager
+from services.engine.scheduler import Demand, Scheduler
+from services.engine.sequence import Sequence
+from services.engine.step import Work
+from tests.unit.item_builders import open_item
+
+
+def sequence_of(blocks: BlockManager, num_tokens: int, num_cached: int = 0) -> Sequence:
+    sequence = Sequence.from_open(open_item(prefix=tuple(range(num_tokens))))
+    if num_cached:
+        blocks.extend(sequence, num_cached)
+        sequence.num_cached = num_cached
+    return sequence
+
+
+def decoding(sequence: Sequence, drafted: tuple[int, ...] = ()) -> Demand:
+    return Demand(sequence, awaited=True, wants_row=True, proposal=Proposal(0, drafted) if drafted else None)
+
+
+def shape(works: list[Work]) -> list[tuple[int, int]]:
+    return [(work.num_new_tokens, work.num_rows) for work in works]
+
+
+def test_rows_come_before_prefill_chunks_of_older_sequences() -> None:
+    blocks = BlockManager(100, 4)
+    prefilling, running = sequence_of(blocks, 100), sequence_of(blocks, 9, num_cached=8)
+    works = Scheduler(blocks, 30).plan([decoding(prefilling), decoding(running, (5, 6))])
+    assert [work.sequence for work in works] == [running, prefilling]
+    assert shape(works) == [(1, 3), (30, 0)]
+
+
+def test_prefill_budget_is_spent_in_order_of_opening() -> None:
+    blocks = BlockManager(100, 4)
+    demands = [decoding(sequence_of(blocks, 40)) for _ in range(3)]
+    works = Scheduler(blocks, 50).plan(demands)
+    assert [work.sequence for work in works] == [demands[0].sequence, demands[1].sequence]
+    assert shape(works) == [(40, 1), (10, 0)]
+
+
+def test_prefix_that_nobody_waits_for_is_cached_but_for_its_last_token() -> None:
+    blocks = BlockManager(100, 4)
+    assert shape(Scheduler(blocks).plan([Demand(sequence_of(blocks, 10))])) == [(9, 0)]
+
+
+def test_nothing_is_planned_for_a_cached_sequence_that_nobody_waits_for() -> None:
+    blocks = BlockManager(100, 4)
+    demands = [Demand(sequence_of(blocks, 10, num_cached=9))]
+    assert not Scheduler(blocks).has_work(demands)
+    assert Scheduler(blocks).plan(demands) == []
+
+
+def test_full_pool_preempts_the_newest_for_an_older_row() -> None:
+    blocks = BlockManager(6, 4)
+    sequences = [sequence_of(blocks, 9, num_cached=8) for _ in range(3)]
+    works = Scheduler(blocks).plan([decoding(sequence) for sequence in sequences])
+    assert [work.sequence for work in works] == sequences[:2]
+    assert sequences[2].num_cached == 0
+    assert sequences[2].block_table == []
+    blocks.check_integrity(sequences)
+
+
+def test_row_waits_rather_than_preempt_older_sequences_while_others_run() -> None:
+    blocks = BlockManager(5, 4)
+    running, idle, newest = (sequence_of(blocks, n, num_cached=n - 1) for n in (6, 6, 5))
+    works = Scheduler(blocks).plan([decoding(running), Demand(idle), decoding(newest)])
+    assert [work.sequence for work in works] == [running]
+    assert idle.num_cached == 5
+
+
+def test_only_waiting_sequence_preempts_an_older_idle_one() -> None:
+    blocks = BlockManager(4, 4)
+    idle, newest = sequence_of(blocks, 13, num_cached=12), sequence_of(blocks, 8)
+    works = Scheduler(blocks).plan([Demand(idle), decoding(newest)])
+    assert shape(works) == [(8, 1)]
+    assert idle.block_table == []
+
+
+def test_prefill_holds_all_its_blocks_from_the_first_chunk_on() -> None:
+    blocks = BlockManager(10, 4)
+    sequence = sequence_of(blocks, 37)
+    Scheduler(blocks, 4).plan([decoding(sequence)])
+    assert len(sequence.block_table) == 10
+
+
+def test_newer_prefill_does_not_overtake_one_that_finds_no_room() -> None:
+    blocks = BlockManager(8, 4)
+    running, long, short = sequence_of(blocks, 13, num_cached=12), sequence_of(blocks, 32), sequence_of(blocks, 4)
+    works = Scheduler(blocks).plan([decoding(running), decoding(long), decoding(short)])
+    assert [work.sequence for work in works] == [running]
+
+
+def test_prefill_that_nobody_waits_for_takes_only_free_blocks() -> None:
+    blocks = BlockManager(4, 4)
+    idle, eager = sequence_of(blocks, 13, num_cached=12), sequence_of(blocks, 8)
+    assert not Scheduler(blocks).has_work([Demand(idle), Demand(eager)])
+    assert Scheduler(blocks).plan([Demand(idle), Demand(eager)]) == []
+    assert idle.num_cached == 12
