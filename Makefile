@@ -30,4 +30,37 @@ stubs: protos/gen/.generated ## Generate the gRPC stubs from protos/
 
 setup: $(VENV)/.installed protos/gen/.generated ## Virtual environment, locked dependencies, generated stubs
 
-.PHONY: help stubs setup
+model: setup ## Fetch and convert the sample target into the cache directory
+	@$(BIN)/python -m services.engine.prepare sample >/dev/null
+
+test: model ## Unit, integration and end-to-end tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
+
+demo: model ## Start everything, send three prompts with and without speculation, compare, stop
+	@$(BIN)/outrider demo $(ARGS)
+
+bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--limit 8 ...")
+	@$(BIN)/outrider bench $(ARGS)
+
+bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
+	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 200
+	$(BIN)/outrider bench --overhead --max-tokens 256
+	$(BIN)/python bench/plain_overhead.py
+
+lint: setup ## Format, lint, types, import contracts, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+
+check: lint test ## What CI runs
+
+format: setup ## Format the code and sort the imports
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment, the stubs and every cache of this checkout
+	rm -rf $(VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.PHONY: help stubs setup model demo bench bench-simulated test lint check format clean

@@ -1,0 +1,140 @@
+"""Commands that start a cluster of their own: what they print, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import COMMAND, Up, environment
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
+        time.sleep(0.02)
+
+
+def ready(up: Up) -> dict:
+    assert up.process.stdout is not None
+    line = up.process.stdout.readline()
+    if not line:
+        assert up.process.stderr is not None
+        pytest.fail(up.process.stderr.read())
+    return json.loads(line)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_up_serves_until_a_signal_and_leaves_nothing(up: Up, tmp_path, number, status):
+    event = ready(up)
+    children = up.children()
+    assert len(children) == 4
+    command = [*COMMAND, "generate", "Hi", "--max-tokens", "4", "--address", event["coordinator"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    up.process.send_signal(number)
+    assert up.process.wait(20) == status
+    wait_gone(children)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_up_that_is_killed_takes_its_processes_with_it(up: Up):
+    ready(up)
+    children = up.children()
+    up.process.kill()
+    up.process.wait(10)
+    wait_gone(children)
+
+
+def test_up_ends_with_a_reason_when_a_service_dies(up: Up, tmp_path):
+    ready(up)
+    children = up.children()
+    target = next(pid for pid in children if b"services.target" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(target, signal.SIGKILL)
+    _, error = up.process.communicate(timeout=20)
+    assert up.process.returncode == 1
+    assert "the target ended by itself" in error
+    wait_gone(children)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_one_of_the_shown_reasons(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        up = Up(tmp_path, ("--coordinator-port", port))
+        _, error = up.process.communicate(timeout=60)
+    assert up.process.returncode == 1
+    assert "the coordinator ended" in error
+    assert port in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_alone(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = environment(TMPDIR=str(tmp_path))
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=env, timeout=100, check=False)
+
+
+def test_bench_reports_every_promised_field_from_a_cluster_of_its_own(tmp_path):
+    file = tmp_path / "report.json"
+    arguments = ("--simulated", "--simulated-step-ms", "4", "--simulated-token-ms", "0.2", "--max-tokens", "24")
+    done = run_alone(tmp_path, "bench", *arguments, "--limit", "4", "--concurrency", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert (report["num_requests"], report["failed_requests"], report["num_identical_outputs"]) == (4, 0, 4)
+    for mode in ("plain", "speculative"):
+        assert report[mode]["num_tokens"] == 4 * 24
+        assert report[mode]["tokens_per_s"] > 0
+        for latency in ("ttft_ms", "tpot_ms", "itl_ms"):
+            assert 0 < report[mode][latency]["p50"] <= report[mode][latency]["p99"]
+    assert report["speedup"] > 1
+    assert 0 < report["acceptance_rate"] < 1
+    assert 1 < report["mean_acceptance_length"] <= 5
+    assert len(report["acceptance_rate_per_position"]) == 4
+    assert 0 <= report["coordinator_overhead_ms"]["p50"] <= report["coordinator_overhead_ms"]["p99"]
+    assert "rag" in done.stdout or "writing" in done.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_bench_shows_the_formula_beside_a_simulated_speedup(tmp_path):
+    file = tmp_path / "report.json"
+    arguments = ("--simulated", "--simulated-step-ms", "20", "--simulated-token-ms", "2", "--max-tokens", "48")
+    done = run_alone(tmp_path, "bench", *arguments, "--limit", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    formula = json.loads(file.read_text())["formula"]
+    assert formula["cost_ratio"] == 0.1
+    assert formula["num_draft_tokens"] == 4
+    assert abs(formula["relative_error"]) < 0.25
+    assert "by the formula" in done.stdout
+
+
+def test_demo_streams_three_prompts_and_compares(tmp_path):
+    done = run_alone(tmp_path, "demo", "--simulated", "--simulated-step-ms", "2", "--max-tokens", "16")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    for text in ("chat", "summarise a text", "edit code", "speed-up", "identical"):
+        assert text in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_exist_is_one_clear_failure(tmp_path):
+    done = run_alone(tmp_path, "up", "--target", str(tmp_path / "none.gguf"))
+    assert done.returncode == 1
+    assert "none.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
