@@ -1,0 +1,80 @@
+"""The coordinator's settings.
+
+Owns: their names, defaults and limits. Must not know: what they cause.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.config import setting
+from services.common.errors import ConfigError
+from services.common.values import DEFAULT_NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Settings of a coordinator. Raises ConfigError for values out of range."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(50051, "Port to listen on; 0 takes a free one.")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", "The Redis that holds the sessions.")
+    targets: str = setting("127.0.0.1:50053", "Addresses of target workers, separated by commas.")
+    drafts: str = setting("", "Addresses of draft workers, separated by commas; empty decodes plainly.")
+    tokenizer: str = setting("", "Directory with the target's tokenizer.json, or `simulated`.")
+    num_draft_tokens: int = setting(DEFAULT_NUM_DRAFT_TOKENS, "Draft tokens a round where a request names none.")
+    max_draft_tokens: int = setting(MAX_DRAFT_TOKENS, "Most draft tokens a round that a request may ask for.")
+    max_prompt_bytes: int = setting(1_000_000, "Most bytes of a request's prompt.")
+    max_generations: int = setting(256, "Most generations at once; more are refused with a time to retry.")
+    session_idle_s: int = setting(3600, "Seconds after which an unused session's record expires.")
+    tombstone_s: int = setting(86_400, "Seconds for which a closed session is remembered as closed.")
+    heartbeat_ms: int = setting(500, "Milliseconds between signs of life, to clients and in Redis.")
+    propose_timeout_s: float = setting(5.0, "Seconds after which a draft is late and the target goes on alone.")
+    target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
+    target_retry_s: float = setting(10.0, "Seconds that a generation waits for a lost target to come back.")
+    store_retry_s: float = setting(3.0, "Seconds that commits are retried while Redis does not answer.")
+    max_unread_tokens: int = setting(256, "Tokens that a client may leave unread before its rounds pause.")
+    slow_client_s: float = setting(10.0, "Seconds of such a pause after which the call is aborted.")
+    drain_s: float = setting(30.0, "Seconds that running generations get after SIGTERM.")
+    reflection: bool = setting(True, "Serve gRPC reflection.")
+    log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "port": (0, 65_535),
+            "num_draft_tokens": (0, self.max_draft_tokens),
+            "max_draft_tokens": (0, MAX_DRAFT_TOKENS),
+            "max_prompt_bytes": (1, 15_000_000),
+            "max_generations": (1, 65_536),
+            "session_idle_s": (1, 10_000_000),
+            "tombstone_s": (1, 10_000_000),
+            "heartbeat_ms": (10, 60_000),
+            "propose_timeout_s": (0.001, 3600),
+            "target_timeout_s": (0.001, 3600),
+            "target_retry_s": (0, 3600),
+            "store_retry_s": (0, 3600),
+            "max_unread_tokens": (1, 1_000_000),
+            "slow_client_s": (0.001, 3600),
+            "drain_s": (0, 86_400),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ConfigError(f"{name}: {value} is not between {low} and {high}")
+        if not self.tokenizer:
+            raise ConfigError("tokenizer: name the target's tokenizer directory, or `simulated`")
+        if len(self.target_addresses) != 1:
+            raise ConfigError("targets: exactly one address is supported")
+        if len(self.draft_addresses) > 1:
+            raise ConfigError("drafts: at most one address is supported")
+
+    @property
+    def target_addresses(self) -> tuple[str, ...]:
+        return _addresses(self.targets)
+
+    @property
+    def draft_addresses(self) -> tuple[str, ...]:
+        return _addresses(self.drafts)
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,240 @@
+"""The coordinator's sessions: runs their generations, gives them to clients, resumes and closes them.
+
+Owns: which generations run here, and who may have a session now. Must not know: protobuf, gRPC.
+Invariant: a session has at most one generation here, and while it is being opened it is refused to everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+
+from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
+from services.common.service import wait_until
+from services.common.session_store import SessionRecord, SessionStore
+from services.coordinator.committer import Committer, Journal
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.generation import Generation, Timeouts
+from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
+from services.coordinator.output import Output, Started
+from services.coordinator.placement import Placed, Placement
+from services.coordinator.request import GenerationRequest
+from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A generation as one client reads it. `generation` is None where it had finished before."""
+
+    started: Started
+    output: Output
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A generation that runs here."""
+
+    request_id: str
+    digest: str
+    generation: Generation
+    output: Output
+
+
+class Coordinator:
+    """Serves sessions from `start` to `aclose`. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        tokenizer: Tokenizer,
+        placement: Placement,
+        store: SessionStore,
+        committer: Committer,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._placement = placement
+        self._store = store
+        self._committer = committer
+        self._opener = SessionOpener(store, tokenizer)
+        self._running: dict[str, _Running] = {}
+        self._opening: set[str] = set()
+        self._draining = False
+        self._hearts: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._placement.start()
+        self._committer.start()
+        self._hearts = [asyncio.create_task(self._beat_streams()), asyncio.create_task(self._beat_store())]
+
+    async def aclose(self) -> None:
+        """Stops at once whatever still runs; streams end with Unavailable MOVED."""
+        self._draining = True
+        moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
+        await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
+        for heart in self._hearts:
+            heart.cancel()
+        await asyncio.gather(*self._hearts, return_exceptions=True)
+        await self._committer.aclose()
+        await self._placement.aclose()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new generations; returns whether those that run finished within `timeout_s`."""
+        self._draining = True
+        return await wait_until(lambda: not (self._running or self._opening), timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Stream]:
+        """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs.
+
+        Raises what services.coordinator.opening and placement raise, and Unavailable DRAINING, ResourceExhausted
+        QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH.
+        """
+        arrived_ns = time.perf_counter_ns()
+        with self._reserve(request):
+            stream = await self._open(request, arrived_ns)
+        try:
+            yield stream
+        finally:
+            if stream.generation is not None:
+                await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+
+    async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
+        """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
+        record = await self._load(session_id)
+        if record is None:
+            raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+        elsewhere = record.running and record.owner_id != self._store.owner_id
+        return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
+
+    async def close_session(self, session_id: str) -> None:
+        """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
+        if running := self._running.get(session_id):
+            await running.generation.stop(None)
+        await self._store.close(session_id)
+
+    async def _load(self, session_id: str) -> SessionRecord | None:
+        try:
+            return await self._store.load(session_id)
+        except OutriderError as error:
+            if error.reason == "SESSION_CLOSED":
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def _reserve(self, request: GenerationRequest) -> Iterator[None]:
+        """Holds the session for a request that is being opened. Raises where it may not be."""
+        if self._draining:
+            raise Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=100)
+        session_id = request.session_id
+        running = self._running.get(session_id)
+        if session_id in self._opening or (running and running.request_id != request.request_id):
+            raise busy(session_id)
+        if running:
+            check_same_request(request, running.digest)
+        elif len(self._running) + len(self._opening) >= self._config.max_generations:
+            raise ResourceExhausted(
+                "QUEUE_FULL",
+                f"{self._config.max_generations} generations are running, which is the limit",
+                retry_after_ms=1000,
+            )
+        self._opening.add(session_id)
+        try:
+            yield
+        finally:
+            self._opening.discard(session_id)
+
+    async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
+        placed = self._placement.choose(request.num_draft_tokens)
+        if running := self._running.get(request.session_id):
+            await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
+        record = await self._store.load(request.session_id)
+        if record and record.request_id == request.request_id:
+            check_same_request(request, record.request_digest)
+            if record.finish_reason:
+                return self._finished(request, record)
+        opened = await self._opener.open(request, placed, record)
+        return self._run(request, placed, opened, arrived_ns)
+
+    def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
+        """The tail of a generation that has ended, from the record alone."""
+        output = self._new_output()
+        prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
+        trimmer = new_trimmer(request, self._tokenizer, prompt, len(generated))
+        origins = record.origins[record.prompt_len :]
+        past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
+        output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
+        if record.finish_reason:
+            output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
+        return Stream(_started(request, prompt, record.seed), output)
+
+    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
+        plan, output = opened.plan, self._new_output()
+        tokens = [*opened.prompt, *opened.generated]
+        trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
+        past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
+        unread = past.since(request.resume.num_received_tokens if request.resume else 0)
+        if unread.token_ids:
+            output.put(replace(unread, finish=None), len(opened.generated))
+        generation = Generation(
+            plan,
+            tokens,
+            links=placed.links,
+            trimmer=trimmer,
+            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, len(tokens)),
+            output=output,
+            statistics=StatisticsCollector(
+                arrived_ns=arrived_ns,
+                lossy=plan.verification.lossy,
+                num_replaced_tokens=opened.num_replaced_tokens,
+            ),
+            timeouts=Timeouts(
+                self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
+            ),
+            finish=past.finish,
+        )
+        running = _Running(request.request_id, request.digest, generation, output)
+        self._running[request.session_id] = running
+        generation.start().add_done_callback(lambda _: self._forget(request.session_id, running))
+        return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)
+
+    def _forget(self, session_id: str, running: _Running) -> None:
+        if self._running.get(session_id) is running:
+            del self._running[session_id]
+
+    def _new_output(self) -> Output:
+        return Output(max_unread_tokens=self._config.max_unread_tokens, slow_client_s=self._config.slow_client_s)
+
+    async def _beat_streams(self) -> None:
+        """Signs of life to clients whose streams are quiet."""
+        while True:
+            await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+            for running in self._running.values():
+                running.output.tick()
+
+    async def _beat_store(self) -> None:
+        """Signs of life in the store; a store that is away is noticed by the commits."""
+        while True:
+            with contextlib.suppress(OutriderError):
+                await self._store.heartbeat(3 * self._config.heartbeat_ms)
+            await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+
+
+def _started(request: GenerationRequest, prompt: tuple[int, ...], seed: int) -> Started:
+    return Started(
+        session_id=request.session_id,
+        request_id=request.request_id,
+        model=request.model,
+        seed=seed,
+        prompt_token_ids=prompt,
+        lossy=request.verification.lossy and not request.sampling.greedy,
+    )

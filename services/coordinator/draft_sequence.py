@@ -1,0 +1,164 @@
+"""One generation's sequence on its draft worker: opened, told of commits, asked for proposals, lost and opened again.
+
+Owns: what the draft has been told, and when to try again. Must not know: verification, the store, the client.
+A draft is only a hint: nothing here raises because of the draft, and nothing waits for it but `propose`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from services.common.errors import OutriderError
+from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
+from services.coordinator.plan import GenerationPlan
+from services.coordinator.worker_link import Lane, WorkerLink
+
+log = logging.getLogger(__name__)
+
+DraftLink = WorkerLink[DraftItem, DraftResult]
+
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_NOTE_LEN = 16
+"""Commits are told to a draft that is not proposing in portions of this many tokens."""
+
+
+class DraftSequence:
+    """`tokens` is the generation's own list of committed tokens; it only grows, and is only read here.
+
+    `on_ready` is called when the draft becomes ready to propose, possibly many times. Without a link it never does.
+    """
+
+    def __init__(
+        self,
+        link: DraftLink | None,
+        plan: GenerationPlan,
+        tokens: Sequence[int],
+        *,
+        timeout_s: float,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self._link = link if plan.num_draft_tokens else None
+        self._plan = plan
+        self._tokens = tokens
+        self._timeout_s = timeout_s
+        self._on_ready = on_ready
+        self._lane: Lane[DraftItem, DraftResult] | None = None
+        self._ready = False
+        self._attempt = 0
+        self._round = 0
+        self._told_len = 0
+        self._num_proposals = 0
+        self._backoff_s = _FIRST_BACKOFF_S
+        self._retry: asyncio.TimerHandle | None = None
+        self.num_cached_tokens = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this generation uses a draft at all."""
+        return self._link is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a proposal would be quick."""
+        return self._ready
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    @property
+    def instance_id(self) -> str:
+        info = self._link.info if self._link else None
+        return info.instance_id if info else ""
+
+    def open(self) -> None:
+        """Opens the sequence if the worker is there and takes nothing else; else tries again later."""
+        self._retry = None
+        link = self._link
+        if link is None or link.info is None or not link.up or link.load.draining:
+            self._try_later()
+            return
+        if link.info.max_sequence_len <= len(self._tokens):
+            self._link = None  # the sequence has outgrown this worker
+            return
+        self._attempt += 1
+        identity = self._plan.identity(self._attempt, self._round, len(self._tokens))
+        self._lane = link.open_lane(identity)
+        self._lane.on_result, self._lane.on_broken = self._on_result, self._lose
+        self._lane.send(self._plan.draft_open(identity, self._tokens, link.info.max_sequence_len))
+        self._told_len = len(self._tokens)
+
+    async def propose(self, round_number: int, num_draft_tokens: int) -> Proposed | None:
+        """At most `num_draft_tokens` tokens behind the committed ones; None if the draft is late, lost or refuses."""
+        lane = self._lane
+        if lane is None:
+            return None
+        self._round = round_number
+        self._tell(num_draft_tokens)
+        try:
+            while True:
+                result = await lane.receive(self._timeout_s)
+                if isinstance(result, Refused):
+                    raise result.error
+                if isinstance(result, Proposed) and result.proposal.proposal_id == self._num_proposals:
+                    self._backoff_s = _FIRST_BACKOFF_S
+                    self.num_cached_tokens = result.num_cached_tokens
+                    return result
+        except OutriderError as error:
+            if self._lane is lane:  # else the broken stream has told already
+                self._lose(error)
+        return None
+
+    def note_commits(self, round_number: int) -> None:
+        """While the target decodes alone: tells the draft of commits now and then, so that it can catch up."""
+        self._round = round_number
+        if self._lane is not None and len(self._tokens) - self._told_len >= _NOTE_LEN:
+            self._tell(0)
+
+    def close(self) -> None:
+        """Frees the sequence. Nothing is called back afterwards."""
+        self._link = None
+        self._drop()
+
+    def _tell(self, num_draft_tokens: int) -> None:
+        if self._lane is None:
+            return
+        self._num_proposals += 1
+        base_len = len(self._tokens)
+        committed = tuple(self._tokens[self._told_len :])
+        identity = self._plan.identity(self._attempt, self._round, base_len)
+        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals))
+        self._told_len = base_len
+
+    def _on_result(self, result: DraftResult) -> bool:
+        if isinstance(result, Opened):
+            self.num_cached_tokens = result.num_cached_tokens
+            self._ready = True
+            self._on_ready()
+            return True
+        if isinstance(result, Refused) and not (self._lane and self._lane.waiting):
+            self._lose(result.error)  # of the Open, or of a note of commits
+            return True
+        return False
+
+    def _lose(self, error: OutriderError) -> None:
+        log.info("session %s decodes without a draft for now: %s", self._plan.session_id, error)
+        self._drop()
+        self._try_later()
+
+    def _drop(self) -> None:
+        lane, self._lane, self._ready = self._lane, None, False
+        if lane is not None:
+            lane.on_result = lane.on_broken = None
+            lane.close(self._plan.identity(self._attempt, self._round, len(self._tokens)))
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _try_later(self) -> None:
+        if self._link is not None:
+            self._retry = asyncio.get_running_loop().call_later(self._backoff_s, self.open)
+            self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)

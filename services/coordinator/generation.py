@@ -1,0 +1,231 @@
+"""One generation: the draft-verify loop.
+
+Owns: the order propose, verify, trim, commit, emit, and the choice between a round and plain decoding.
+Must not know: protobuf, Redis, how a session was found. Everything it needs is handed to it.
+Invariant: tokens are emitted in order, once, and only after the store acknowledged them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from services.common.errors import Internal, OutriderError
+from services.common.items import Tokens
+from services.common.session_store import KvHandle
+from services.common.values import FinishReason, TokenOrigin
+from services.coordinator.committer import Journal
+from services.coordinator.draft_sequence import DraftLink, DraftSequence
+from services.coordinator.output import Output
+from services.coordinator.plan import GenerationPlan
+from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.target_sequence import TargetLink, TargetLost, TargetSequence
+from services.coordinator.trim import Trimmed, Trimmer, pack_log_probs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a generation waits for its workers."""
+
+    propose_s: float
+    target_s: float
+    target_retry_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The workers that a generation is placed on."""
+
+    target: TargetLink
+    draft: DraftLink | None
+
+
+class Generation:
+    """Runs from `start` until it finishes, fails or is stopped; then its sequences are freed, its record is released.
+
+    `tokens` are the committed ones, the prompt included; `trimmer` has seen those of them that were generated before.
+    With `finish` they end the generation already, and only that is left to be recorded.
+    """
+
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        tokens: list[int],
+        *,
+        links: Links,
+        trimmer: Trimmer,
+        journal: Journal,
+        output: Output,
+        statistics: StatisticsCollector,
+        timeouts: Timeouts,
+        finish: FinishReason | None = None,
+    ) -> None:
+        self._plan = plan
+        self._tokens = tokens
+        self._trimmer = trimmer
+        self._journal = journal
+        self._output = output
+        self._statistics = statistics
+        self._target = TargetSequence(
+            links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
+        )
+        self._draft = DraftSequence(
+            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._target.interrupt
+        )
+        self._lap_started_ns = 0
+        self._finish = finish
+        self._abandoned = False
+        self._stop_error: OutriderError | None = None
+        self._task: asyncio.Task[None] | None = None
+        journal.on_failure = self._abandon
+
+    def start(self) -> asyncio.Task[None]:
+        self._task = asyncio.create_task(self._run())
+        return self._task
+
+    async def stop(self, error: OutriderError | None) -> None:
+        """Ends the generation where it stands; afterwards it writes nothing any more.
+
+        The stream ends with `error`, or, where that is None, regularly: the session was closed.
+        """
+        if self._finish is None:
+            self._abandon(error)
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            if self._finish is not None:
+                await self._commit_and_emit(self._trimmer.trim((), ()))
+            else:
+                await self._loop()
+            await self._journal.drain()
+            self._output.end(self._finish or FinishReason.CLOSED, self._snapshot())
+        except asyncio.CancelledError:
+            if self._stop_error is not None:
+                self._output.fail(self._stop_error)
+            else:
+                self._output.end(FinishReason.CLOSED, self._snapshot())
+        except OutriderError as error:
+            self._output.fail(error)
+        except Exception:
+            log.exception("session %s: the generation failed", self._plan.session_id)
+            self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
+        finally:
+            self._target.close()
+            self._draft.close()
+            if self._finish is None:
+                self._journal.note({"running": "0", **self._handles()})
+            await self._journal.settle()
+
+    async def _loop(self) -> None:
+        self._draft.open()
+        await self._open_target()
+        while self._finish is None:
+            await self._pause_for_slow_client()
+            try:
+                await self._advance()
+            except TargetLost as lost:
+                await self._target.reopen(lost)
+
+    async def _open_target(self) -> None:
+        try:
+            self._target.open()
+        except OutriderError as error:
+            await self._target.reopen(TargetLost(error))
+
+    async def _advance(self) -> None:
+        """A round where the draft is ready and there is room for more than the target's own token; else decoding."""
+        num_draft_tokens = min(self._plan.num_draft_tokens, self._num_remaining - 1)
+        if self._draft.ready and num_draft_tokens > 0:
+            await self._round(num_draft_tokens)
+        else:
+            await self._decode()
+
+    async def _round(self, num_draft_tokens: int) -> None:
+        proposed = await self._draft.propose(self._target.round + 1, num_draft_tokens)
+        if proposed is None:
+            return
+        verified = await self._target.verify(proposed.proposal)
+        kept = self._trim(verified)
+        self._statistics.round(proposed, verified, len(kept.token_ids), self._lap_ns())
+        await self._commit_and_emit(kept)
+
+    async def _decode(self) -> None:
+        """The target alone, until the draft becomes ready: the first token, then as many as it takes."""
+        waits_for_draft = self._draft.wanted and self._target.round < 0
+        self._lap_ns()
+        self._target.begin_decode(1 if waits_for_draft else self._num_remaining)
+        done = False
+        while not done and self._finish is None:
+            decoded = await self._target.next_decoded()
+            done = decoded.done
+            if decoded.token_ids:
+                kept = self._trim(decoded)
+                self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
+                await self._commit_and_emit(kept)
+                self._draft.note_commits(self._target.round)
+            if self._output.full or (self._draft.ready and self._num_remaining > 1):
+                self._target.interrupt()
+        self._lap_ns()
+
+    def _trim(self, result: Tokens) -> Trimmed:
+        num_own = len(result.token_ids) - result.num_accepted_tokens
+        origins = (TokenOrigin.DRAFT,) * result.num_accepted_tokens + (TokenOrigin.TARGET,) * num_own
+        kept = self._trimmer.trim(result.token_ids, origins, result.log_probs, result.top_log_probs)
+        self._finish = kept.finish
+        self._tokens += kept.token_ids
+        return kept
+
+    async def _commit_and_emit(self, kept: Trimmed) -> None:
+        """Hands tokens to the committer; they go out when they are durable, while the next round runs."""
+        fields: dict[str, str] = {}
+        if kept.finish is not None:
+            statistics = self._snapshot().to_json()
+            fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
+            fields |= {"reply": self._trimmer.text, **self._handles()}
+        log_probs = pack_log_probs(kept, self._plan.num_top_log_probs)
+        await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
+
+    def _emit(self, kept: Trimmed) -> None:
+        self._statistics.first_token()
+        self._output.put(kept, self._journal.durable_len - self._plan.prompt_len)
+
+    async def _pause_for_slow_client(self) -> None:
+        if self._output.full:
+            await self._output.writable()
+            self._lap_ns()
+
+    def _abandon(self, error: OutriderError | None) -> None:
+        """Ends the loop at its present await; only the first call counts."""
+        if self._task is not None and not self._abandoned:
+            self._abandoned, self._stop_error = True, error
+            self._task.cancel()
+
+    def _lap_ns(self) -> int:
+        """Time since the last call: a round's wall time, with whatever kept it from starting."""
+        now_ns = time.perf_counter_ns()
+        lap_ns, self._lap_started_ns = now_ns - self._lap_started_ns, now_ns
+        return lap_ns
+
+    @property
+    def _num_remaining(self) -> int:
+        return self._plan.max_len - len(self._tokens)
+
+    def _snapshot(self) -> GenerationStatistics:
+        return self._statistics.snapshot(
+            num_prompt_tokens=self._plan.prompt_len, num_generated_tokens=len(self._tokens) - self._plan.prompt_len
+        )
+
+    def _handles(self) -> dict[str, str]:
+        """Where the caches lie; only committed tokens count."""
+        handles = {}
+        for role, sequence in (("target_handle", self._target), ("draft_handle", self._draft)):
+            num_cached_tokens = min(sequence.num_cached_tokens, len(self._tokens) - 1)
+            if sequence.attempt:
+                handles[role] = KvHandle(sequence.instance_id, sequence.attempt, num_cached_tokens).encode()
+        return handles

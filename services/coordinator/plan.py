@@ -1,0 +1,56 @@
+"""What a generation's sequences are opened with, on either worker.
+
+Owns: the constants of one generation under one lease. Must not know: links, rounds' results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from services.common.items import Identity, Open
+from services.common.values import SamplingParams, VerificationMethod, derive_draft_seed
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """Fixed when the session is acquired. `max_len` is the length at which the sequence ends, prompt included."""
+
+    session_id: str
+    lease_epoch: int
+    prompt_len: int
+    max_len: int
+    end_token_ids: frozenset[int]
+    """Ids that end the generation: the model's EOS unless ignored, and the request's stop tokens."""
+    sampling: SamplingParams
+    verification: VerificationMethod
+    num_draft_tokens: int
+    log_probs: bool
+    num_top_log_probs: int
+
+    def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
+        return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
+
+    def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
+        return self._open(identity, tokens, self.sampling, self.max_len)
+
+    def draft_open(self, identity: Identity, tokens: Sequence[int], max_sequence_len: int) -> Open:
+        """Under rejection the draft gets a derived seed: it must not know the target's noise."""
+        sampling = self.sampling
+        if self.verification is VerificationMethod.REJECTION:
+            sampling = replace(sampling, seed=derive_draft_seed(sampling.seed))
+        draft = self._open(identity, tokens, sampling, min(self.max_len, max_sequence_len))
+        return replace(draft, log_probs=False, num_top_log_probs=0)
+
+    def _open(self, identity: Identity, tokens: Sequence[int], sampling: SamplingParams, max_len: int) -> Open:
+        return Open(
+            identity=identity,
+            prefix=tuple(tokens),
+            prompt_len=self.prompt_len,
+            eos_token_ids=self.end_token_ids,
+            sampling=sampling,
+            verification=self.verification,
+            max_new_tokens=max_len - len(tokens),
+            log_probs=self.log_probs,
+            num_top_log_probs=self.num_top_log_probs,
+        )

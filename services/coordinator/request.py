@@ -1,0 +1,80 @@
+"""An admitted request: every value checked, every default filled in.
+
+Owns: its shape, and the digest by which a repeated request_id is compared. Must not know: protobuf, sessions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from services.common.values import SamplingParams, VerificationMethod
+from services.coordinator.chat_template import Message
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """Plain text, tokenized as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """Messages for the chat template."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInput:
+    """Token ids, taken as they are."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where a client stands: tokens received, and those of them beyond the last durable_len."""
+
+    num_received_tokens: int
+    tokens_beyond_durable: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation, as asked for. `seed` None: one is to be drawn; `sampling.seed` is then 0 and must be replaced."""
+
+    session_id: str
+    request_id: str
+    model: str
+    input: TextInput | ChatInput | TokenInput
+    sampling: SamplingParams
+    seed: int | None
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    verification: VerificationMethod
+    num_draft_tokens: int
+    log_probs: bool
+    num_top_log_probs: int
+    ignore_eos: bool
+    include_special_tokens: bool
+    resume: ResumePoint | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what must be equal when a request_id comes again: all but ids and the resume point."""
+        return hashlib.sha256(f"{self.input!r}\n{self.parameters()}".encode()).hexdigest()
+
+    def parameters(self) -> str:
+        """The parameters as JSON, for the session's record. The prompt is not among them."""
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in ("session_id", "request_id", "input", "resume")
+        }
+        values["verification"] = self.verification.value
+        return json.dumps(values, sort_keys=True)

@@ -1,0 +1,151 @@
+"""outrider.v1.CoordinatorService: decode, one call, encode.
+
+Owns: messages ↔ values of the public interface. Must not know: how generations run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from outrider.v1 import coordinator_pb2 as pb
+from outrider.v1 import sampling_pb2
+
+from services.common.values import FinishReason, TokenOrigin
+from services.coordinator.admission import Limits, admit, check_session_id
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.coordinator import Coordinator
+from services.coordinator.output import Chunk, Started
+from services.coordinator.placement import Placement, Served
+from services.coordinator.statistics import GenerationStatistics
+from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.trim import Trimmed
+
+_FINISH_REASONS = {
+    FinishReason.EOS: pb.FINISH_REASON_EOS,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CLOSED: pb.FINISH_REASON_CLOSED,
+}
+_ORIGINS = {
+    TokenOrigin.DRAFT: sampling_pb2.TOKEN_ORIGIN_DRAFT,
+    TokenOrigin.TARGET: sampling_pb2.TOKEN_ORIGIN_TARGET,
+}
+
+
+class CoordinatorServicer:
+    """The RPCs. Errors are raised as they are; services.common.rpc turns them into statuses."""
+
+    def __init__(
+        self, config: CoordinatorConfig, coordinator: Coordinator, placement: Placement, tokenizer: Tokenizer
+    ) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._placement = placement
+        self._tokenizer = tokenizer
+
+    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
+        async with self._coordinator.generate(admit(request, self._limits())) as stream:
+            yield pb.GenerateResponse(started=_encode_started(stream.started))
+            async for chunk in stream.output:
+                yield encode_chunk(chunk)
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: object) -> pb.GetSessionResponse:
+        record, running = await self._coordinator.get(check_session_id(request.session_id))
+        finish = None if running else record.finish_reason
+        return pb.GetSessionResponse(
+            session_id=record.session_id,
+            request_id=record.request_id,
+            model=record.model,
+            token_ids=record.token_ids,
+            prompt_len=record.prompt_len,
+            running=running,
+            finish_reason=_FINISH_REASONS[finish] if finish else pb.FINISH_REASON_UNSPECIFIED,
+            lease_epoch=record.lease_epoch,
+            expires_in_s=record.expires_in_s,
+        )
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: object) -> pb.CloseSessionResponse:
+        await self._coordinator.close_session(check_session_id(request.session_id))
+        return pb.CloseSessionResponse()
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
+
+    def _limits(self) -> Limits:
+        served = self._placement.served
+        vocab_sizes = [self._tokenizer.vocab_size, *(pair.model.vocab_size for pair in served)]
+        return Limits(
+            models=tuple(pair.model.name for pair in served),
+            vocab_size=min(vocab_sizes),
+            default_num_draft_tokens=self._config.num_draft_tokens,
+            max_draft_tokens=self._config.max_draft_tokens,
+            max_prompt_bytes=self._config.max_prompt_bytes,
+        )
+
+
+def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
+    """One response for all that a chunk holds."""
+    response = pb.GenerateResponse(durable_len=chunk.durable_len)
+    if chunk.kept:
+        response.token_offset = chunk.kept[0].offset
+        response.text = "".join(part for kept in chunk.kept for part in (*kept.texts, kept.tail))
+        for kept in chunk.kept:
+            _add_tokens(response, kept)
+    if chunk.finish is not None:
+        response.finished.reason = _FINISH_REASONS[chunk.finish]
+        if chunk.statistics is not None:
+            response.finished.statistics.CopyFrom(_encode_statistics(chunk.statistics))
+    return response
+
+
+def _add_tokens(response: pb.GenerateResponse, kept: Trimmed) -> None:
+    response.token_ids.extend(kept.token_ids)
+    response.origins.extend([_ORIGINS[origin] for origin in kept.origins])
+    response.text_lens.extend([len(text) for text in kept.texts])
+    response.log_probs.extend(kept.log_probs)
+    for top in kept.top_log_probs:
+        response.top_log_probs.add(token_ids=top.token_ids, log_probs=top.log_probs)
+
+
+def _encode_started(started: Started) -> pb.GenerationStarted:
+    return pb.GenerationStarted(
+        session_id=started.session_id,
+        request_id=started.request_id,
+        model=started.model,
+        seed=started.seed,
+        prompt_token_ids=started.prompt_token_ids,
+        lossy=started.lossy,
+    )
+
+
+def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatistics:
+    return pb.GenerationStatistics(
+        num_prompt_tokens=statistics.num_prompt_tokens,
+        num_generated_tokens=statistics.num_generated_tokens,
+        num_drafts=statistics.num_drafts,
+        num_draft_tokens=statistics.num_draft_tokens,
+        num_accepted_tokens=statistics.num_accepted_tokens,
+        num_accepted_tokens_per_pos=statistics.num_accepted_tokens_per_pos,
+        num_verified_tokens_per_pos=statistics.num_verified_tokens_per_pos,
+        num_rounds=statistics.num_rounds,
+        ttft_ms=statistics.ttft_ms,
+        total_ms=statistics.total_ms,
+        draft_ms=statistics.draft_ms,
+        verify_ms=statistics.verify_ms,
+        overhead_ms=statistics.overhead_ms,
+        lossy=statistics.lossy,
+        num_replaced_tokens=statistics.num_replaced_tokens,
+        num_replaced_rows=statistics.num_replaced_rows,
+    )
+
+
+def _encode_served(served: Served) -> pb.ServedModel:
+    return pb.ServedModel(
+        name=served.model.name,
+        digest=served.model.digest,
+        drafter=served.drafter,
+        draft_model=served.draft_model,
+        vocab_size=served.model.vocab_size,
+        max_sequence_len=served.max_sequence_len,
+        ready=served.ready,
+    )

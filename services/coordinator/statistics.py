@@ -1,0 +1,126 @@
+"""What a generation took: counts and times.
+
+Owns: how rounds add up, and the JSON that the session's record holds. Must not know: protobuf, sessions.
+Times are in milliseconds of the monotonic clock, and of one stream's part of the generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.items import Proposed, Tokens
+from services.common.values import MAX_DRAFT_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStatistics:
+    """As in GenerationStatistics of the wire contract."""
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    num_verified_tokens_per_pos: tuple[int, ...] = ()
+    num_rounds: int = 0
+    ttft_ms: float = 0.0
+    total_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    overhead_ms: tuple[float, ...] = ()
+    lossy: bool = False
+    num_replaced_tokens: int = 0
+    num_replaced_rows: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> GenerationStatistics:
+        values: dict[str, Any] = json.loads(text)
+        for name in ("num_accepted_tokens_per_pos", "num_verified_tokens_per_pos", "overhead_ms"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+class StatisticsCollector:
+    """Gathers them while the generation runs. `arrived_ns` is when the request came in, by time.perf_counter_ns."""
+
+    def __init__(self, *, arrived_ns: int, lossy: bool, num_replaced_tokens: int) -> None:
+        self._arrived_ns = arrived_ns
+        self._lossy = lossy
+        self._num_replaced_tokens = num_replaced_tokens
+        self._num_rounds = 0
+        self._num_drafts = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
+        self._accepted = [0] * MAX_DRAFT_TOKENS
+        self._verified = [0] * MAX_DRAFT_TOKENS
+        self._ttft_ns = 0
+        self._draft_ns = 0
+        self._verify_ns = 0
+        self._overhead_ns: list[int] = []
+        self._num_replaced_rows = 0
+
+    def first_token(self) -> None:
+        """To be called when tokens go out; only the first call counts."""
+        if not self._ttft_ns:
+            self._ttft_ns = time.perf_counter_ns() - self._arrived_ns
+
+    def decoded(self, num_tokens: int, verify_ns: int) -> None:
+        """Plainly decoded tokens and the target's own time for them."""
+        self._num_rounds += num_tokens
+        self._verify_ns += verify_ns
+
+    def round(self, proposed: Proposed, verified: Tokens, num_kept: int, wall_ns: int) -> None:
+        """A round, of whose tokens `num_kept` were left by the trim.
+
+        What was accepted but trimmed away is not counted as accepted, nor as drafted: it never became output.
+        Position i was reached if everything before it was accepted: later positions are censored.
+        """
+        num_accepted = min(verified.num_accepted_tokens, num_kept)
+        trimmed = num_kept < len(verified.token_ids)
+        num_drafted = (
+            num_accepted if trimmed and num_kept <= verified.num_accepted_tokens else verified.num_draft_tokens
+        )
+        worker_ns = proposed.timings.total_ns + verified.timings.total_ns
+        self._num_rounds += 1
+        self._draft_ns += proposed.timings.total_ns
+        self._verify_ns += verified.timings.total_ns
+        self._overhead_ns.append(max(0, wall_ns - worker_ns))
+        self._num_replaced_rows += verified.rows_replaced
+        if verified.num_draft_tokens:
+            self._num_drafts += 1
+            self._num_draft_tokens += num_drafted
+            self._num_accepted_tokens += num_accepted
+            for position in range(min(num_accepted + 1, num_drafted)):
+                self._verified[position] += 1
+                self._accepted[position] += position < num_accepted
+
+    def snapshot(self, *, num_prompt_tokens: int, num_generated_tokens: int) -> GenerationStatistics:
+        """The figures up to now."""
+        now_ns = time.perf_counter_ns() - self._arrived_ns
+        width = max((i + 1 for i, n in enumerate(self._verified) if n), default=0)
+        return GenerationStatistics(
+            num_prompt_tokens=num_prompt_tokens,
+            num_generated_tokens=num_generated_tokens,
+            num_drafts=self._num_drafts,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
+            num_accepted_tokens_per_pos=tuple(self._accepted[:width]),
+            num_verified_tokens_per_pos=tuple(self._verified[:width]),
+            num_rounds=self._num_rounds,
+            ttft_ms=(self._ttft_ns or now_ns) / 1e6,
+            total_ms=now_ns / 1e6,
+            draft_ms=self._draft_ns / 1e6,
+            verify_ms=self._verify_ns / 1e6,
+            overhead_ms=tuple(round(ns / 1e6, 4) for ns in self._overhead_ns),
+            lossy=self._lossy,
+            num_replaced_tokens=self._num_replaced_tokens,
+            num_replaced_rows=self._num_replaced_rows,
+        )

@@ -1,0 +1,165 @@
+"""One generation's sequence on its target worker: opened, verified, decoded, lost and opened again.
+
+Owns: the target's part of a generation's identity, and the bounds within which a lost target is waited for.
+Must not know: drafts, trimming, the store, the client. Nothing is replayed: a reopened sequence starts from committed
+tokens, and whatever was in progress is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from services.common.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    OutriderError,
+    ResourceExhausted,
+    Unavailable,
+)
+from services.common.items import Decode, Identity, Refused, TargetItem, TargetResult, Tokens, Verify
+from services.common.values import Proposal
+from services.coordinator.plan import GenerationPlan
+from services.coordinator.worker_link import Lane, WorkerLink
+
+log = logging.getLogger(__name__)
+
+TargetLink = WorkerLink[TargetItem, TargetResult]
+
+_FIRST_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 1.0
+_MAX_LOSSES = 8
+"""Losses in a row, without a token in between, after which a generation gives up."""
+
+
+class TargetLost(Exception):
+    """The sequence is gone from the worker; `reopen` and ask again. `error` is why."""
+
+    def __init__(self, error: OutriderError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class TargetSequence:
+    """`tokens` is the generation's own list of committed tokens; it only grows, and is only read here.
+
+    One Verify or Decode is in progress at most. Methods that wait raise TargetLost, or an OutriderError that a new
+    attempt would not mend.
+    """
+
+    def __init__(
+        self, link: TargetLink, plan: GenerationPlan, tokens: Sequence[int], *, timeout_s: float, retry_s: float
+    ) -> None:
+        self._link = link
+        self._plan = plan
+        self._tokens = tokens
+        self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._digest = link.info.model.digest if link.info and link.info.model else ""
+        self._lane: Lane[TargetItem, TargetResult] | None = None
+        self._attempt = 0
+        self._decoding = False
+        self._interrupted = False
+        self._num_losses = 0
+        self._first_token_seen = False
+        self.round = -1
+        """The newest round's number."""
+        self.num_cached_tokens = 0
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    @property
+    def instance_id(self) -> str:
+        return self._link.info.instance_id if self._link.info else ""
+
+    def open(self) -> None:
+        """Opens the sequence from the committed tokens. Raises what ails the link if it is not up."""
+        self._attempt += 1
+        self._decoding = False
+        identity = self._identity()
+        self._lane = self._link.open_lane(identity)
+        self._lane.send(self._plan.target_open(identity, self._tokens))
+
+    async def reopen(self, lost: TargetLost) -> None:
+        """Opens the sequence anew as soon as the worker takes it. Raises why not, once the bounds are exceeded."""
+        self._num_losses += 1
+        if self._num_losses > _MAX_LOSSES or (not self._first_token_seen and isinstance(lost.error, ResourceExhausted)):
+            raise lost.error
+        log.info("session %s lost its target, attempt %d: %s", self._plan.session_id, self._attempt, lost.error)
+        self.close()
+        backoff_s = min(_FIRST_BACKOFF_S * 2 ** (self._num_losses - 1), _MAX_BACKOFF_S)
+        if lost.error.retry_after_ms and self._link.up:
+            backoff_s = max(backoff_s, min(lost.error.retry_after_ms / 1e3, _MAX_BACKOFF_S))
+        await asyncio.sleep(backoff_s)
+        if not await self._link.wait_up(self._retry_s):
+            raise Unavailable("NO_TARGET", f"no target worker: {self._link.trouble}", retry_after_ms=1000)
+        if self._link.info and self._link.info.model and self._link.info.model.digest != self._digest:
+            raise FailedPrecondition("MODEL_CHANGED", "the target now serves another model than the session's")
+        self.open()
+
+    async def verify(self, proposal: Proposal) -> Tokens:
+        """The target's verdict on a proposal."""
+        self._send(Verify(self._next_identity(), proposal))
+        return await self._receive()
+
+    def begin_decode(self, num_free_tokens: int) -> None:
+        """Asks for that many tokens, which `next_decoded` returns as they come."""
+        self._decoding, self._interrupted = True, False
+        self._send(Decode(self._next_identity(), num_free_tokens))
+
+    async def next_decoded(self) -> Tokens:
+        """The next of a Decode's answers; the one with `done` is the last."""
+        tokens = await self._receive()
+        if tokens.done:
+            self._decoding = False
+        return tokens
+
+    def interrupt(self) -> None:
+        """Ends a running Decode at the next token boundary; its last answer may then be without tokens."""
+        if self._decoding and not self._interrupted:
+            self._interrupted = True
+            self._send(Decode(self._identity(), 0))
+
+    def close(self) -> None:
+        """Frees the sequence; only the committed tokens may stay cached."""
+        if self._lane is not None:
+            self._lane.close(self._identity())
+            self._lane = None
+
+    def _identity(self) -> Identity:
+        return self._plan.identity(self._attempt, max(0, self.round), len(self._tokens))
+
+    def _next_identity(self) -> Identity:
+        self.round += 1
+        return self._identity()
+
+    def _send(self, item: TargetItem) -> None:
+        if self._lane is not None:
+            self._lane.send(item)
+
+    async def _receive(self) -> Tokens:
+        if self._lane is None:
+            raise TargetLost(Unavailable("NO_TARGET", "the sequence is not open", retry_after_ms=1000))
+        try:
+            result = await self._lane.receive(self._timeout_s)
+        except (Unavailable, DeadlineExceeded) as error:
+            raise TargetLost(error) from error
+        if isinstance(result, Refused):
+            raise _refusal(result.error)
+        if result.token_ids:
+            self._num_losses, self._first_token_seen = 0, True
+        self.num_cached_tokens = result.num_cached_tokens
+        return result
+
+
+def _refusal(error: OutriderError) -> Exception:
+    """What a refusal means: the sequence is lost where opening it anew may help."""
+    if error.reason == "STALE":
+        return Aborted("OWNERSHIP_LOST", f"the target knows a newer owner of the session: {error}")
+    if error.reason == "UNKNOWN_SEQUENCE" or error.retry_after_ms or isinstance(error, Unavailable):
+        return TargetLost(error)
+    return error

@@ -1,0 +1,297 @@
+"""One coordinator's connection to one worker: a single stream that carries the items of all generations.
+
+Owns: connecting and reconnecting, gathering items into messages, handing each result to the lane that waits for it.
+Must not know: what items mean, sessions beyond their identity. Used by one event loop.
+Invariant: when a stream ends, every lane on it has failed with Unavailable STREAM_BROKEN before another stream begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import grpc
+import grpc.aio
+from outrider.v1 import draft_pb2_grpc, target_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+from services.common import rpc, wire, wire_draft, wire_target
+from services.common.errors import DeadlineExceeded, FailedPrecondition, OutriderError, Unavailable
+from services.common.items import Close, DraftItem, DraftResult, Identity, Open, TargetItem, TargetResult
+from services.common.values import PROTOCOL_VERSION, WorkerInfo, WorkerLoad
+
+log = logging.getLogger(__name__)
+ItemT = TypeVar("ItemT", bound=TargetItem | DraftItem)
+ResultT = TypeVar("ResultT", bound=TargetResult | DraftResult)
+
+MAX_PREFIX_TOKENS_A_MESSAGE = 200_000
+"""Opens are spread over messages so that none nears the 4 MB cap; a single longer prefix travels alone."""
+
+_DESCRIBE_TIMEOUT_S = 2.0
+_MAX_BACKOFF_S = 2.0
+_SWEEP_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Codec(Generic[ItemT, ResultT]):
+    """What differs between the two roles: the stream's method and its messages."""
+
+    role: str
+    open_stream: Callable[[grpc.aio.Channel], Any]
+    encode: Callable[[Sequence[ItemT]], Any]
+    decode: Callable[[Any], Sequence[ResultT]]
+
+
+TARGET_CODEC: Codec[TargetItem, TargetResult] = Codec(
+    "target",
+    lambda channel: target_pb2_grpc.TargetServiceStub(channel).TargetStream(),
+    wire_target.encode_items,
+    wire_target.decode_results,
+)
+DRAFT_CODEC: Codec[DraftItem, DraftResult] = Codec(
+    "draft",
+    lambda channel: draft_pb2_grpc.DraftServiceStub(channel).DraftStream(),
+    wire_draft.encode_items,
+    wire_draft.decode_results,
+)
+
+
+class Lane(Generic[ItemT, ResultT]):
+    """One opened sequence's share of a link. Broken for good when its stream ends."""
+
+    def __init__(self, link: WorkerLink[ItemT, ResultT], identity: Identity) -> None:
+        self._link = link
+        self._key = _key(identity)
+        self._results: deque[ResultT] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: OutriderError | None = None
+        self.deadline = 0.0
+        """When the present wait times out, by the loop's clock; meaningful while somebody waits."""
+        self.on_result: Callable[[ResultT], bool] | None = None
+        """Sees each result first; True keeps it from `receive`."""
+        self.on_broken: Callable[[OutriderError], None] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self._waiter is not None
+
+    def send(self, *items: ItemT) -> None:
+        """Queues items behind all others of the link. Silently dropped on a broken lane: `receive` tells."""
+        if self._error is None:
+            self._link.enqueue(items)
+
+    async def receive(self, timeout_s: float) -> ResultT:
+        """The next result. Raises Unavailable STREAM_BROKEN, or DeadlineExceeded after about `timeout_s`."""
+        while not self._results:
+            if self._error is not None:
+                raise self._error
+            loop = asyncio.get_running_loop()
+            self._waiter, self.deadline = loop.create_future(), loop.time() + timeout_s
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._results.popleft()
+
+    def close(self, identity: Identity) -> None:
+        """Tells the worker to close the sequence, and forgets the lane."""
+        if self._error is None:
+            self._link.enqueue((cast(ItemT, Close(identity)),))
+            self._link.forget(self._key)
+
+    def deliver(self, result: ResultT) -> None:
+        if self.on_result is not None and self.on_result(result):
+            return
+        self._results.append(result)
+        self._wake()
+
+    def expire(self) -> None:
+        """Ends the present wait with DeadlineExceeded."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(DeadlineExceeded("DEADLINE", f"{self._link} did not answer in time"))
+
+    def break_off(self, error: OutriderError) -> None:
+        self._error = error
+        self._results.clear()
+        self._wake()
+        if self.on_broken is not None:
+            self.on_broken(error)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class WorkerLink(Generic[ItemT, ResultT]):
+    """A worker's address, and the stream to it while it lives. `start` and `aclose` once each."""
+
+    def __init__(self, address: str, codec: Codec[ItemT, ResultT]) -> None:
+        self.address = address
+        self._codec = codec
+        self._lanes: dict[tuple[str, int, int], Lane[ItemT, ResultT]] = {}
+        self._outgoing: list[ItemT] = []
+        self._outgoing_waiter: asyncio.Future[None] | None = None
+        self._info: WorkerInfo | None = None
+        self._load = WorkerLoad()
+        self._up = asyncio.Event()
+        self._trouble: OutriderError = Unavailable("STARTING", f"{self} is not connected yet", retry_after_ms=500)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __str__(self) -> str:
+        return f"{self._codec.role} worker {self.address}"
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        """What the worker told of itself when it was last connected."""
+        return self._info
+
+    @property
+    def load(self) -> WorkerLoad:
+        return self._load
+
+    @property
+    def up(self) -> bool:
+        return self._up.is_set()
+
+    @property
+    def trouble(self) -> OutriderError:
+        """Why the link is not up."""
+        return self._trouble
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sweep())]
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait_up(self, timeout_s: float) -> bool:
+        """Whether the link was up within `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        return self.up
+
+    def open_lane(self, identity: Identity) -> Lane[ItemT, ResultT]:
+        """A lane for the sequence that is about to be opened. Raises what ails the link if it is not up."""
+        if not self.up:
+            raise self._trouble
+        lane = Lane(self, identity)
+        self._lanes[_key(identity)] = lane
+        return lane
+
+    def enqueue(self, items: Sequence[ItemT]) -> None:
+        self._outgoing += items
+        if self._outgoing_waiter is not None and not self._outgoing_waiter.done():
+            self._outgoing_waiter.set_result(None)
+
+    def forget(self, key: tuple[str, int, int]) -> None:
+        self._lanes.pop(key, None)
+
+    async def _run(self) -> None:
+        backoff_s = 0.1
+        async with grpc.aio.insecure_channel(self.address, options=rpc.channel_options()) as channel:
+            while True:
+                try:
+                    self._info = await self._describe(channel)
+                    backoff_s = 0.1
+                    await self._stream(channel)
+                except OutriderError as error:
+                    if error.reason != self._trouble.reason:
+                        log.warning("%s: %s", self, error)
+                    self._trouble = error
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    async def _describe(self, channel: grpc.aio.Channel) -> WorkerInfo:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        try:
+            request = worker_pb2.GetWorkerInfoRequest()
+            info = wire.info_from_proto(await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S))
+        except grpc.aio.AioRpcError as error:
+            raise rpc.error_from_rpc(error) from error
+        if info.role != self._codec.role:
+            raise FailedPrecondition("MODEL_MISMATCH", f"{self} says that its role is {info.role!r}")
+        if info.protocol_version != PROTOCOL_VERSION:
+            raise FailedPrecondition(
+                "MODEL_MISMATCH", f"{self} speaks protocol {info.protocol_version}, not {PROTOCOL_VERSION}"
+            )
+        return info
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
+        """Runs one stream to its end. Always raises why it ended."""
+        call = self._codec.open_stream(channel)
+        writer = asyncio.create_task(self._write(call))
+        self._load = self._info.load if self._info else WorkerLoad()
+        self._up.set()
+        log.info("%s: connected", self)
+        error: OutriderError = Unavailable("STREAM_BROKEN", f"{self} ended the stream", retry_after_ms=500)
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                self._load = wire.load_from_proto(response.load)
+                for result in self._codec.decode(response):
+                    lane = self._lanes.get(_key(result.identity))
+                    if lane is not None:
+                        lane.deliver(result)
+        except grpc.aio.AioRpcError as failure:
+            error = rpc.error_from_rpc(failure)
+        finally:
+            self._up.clear()
+            writer.cancel()
+            call.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._break_lanes(Unavailable("STREAM_BROKEN", f"{self}: {error.message}", retry_after_ms=500))
+        raise error
+
+    def _break_lanes(self, error: OutriderError) -> None:
+        lanes, self._lanes = self._lanes, {}
+        self._outgoing.clear()
+        for lane in lanes.values():
+            lane.break_off(error)
+
+    async def _write(self, call: Any) -> None:
+        """Sends what has gathered; the loop runs once before each message: what is ready together goes together."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells
+            while True:
+                if not self._outgoing:
+                    self._outgoing_waiter = loop.create_future()
+                    await self._outgoing_waiter
+                await asyncio.sleep(0)
+                items, self._outgoing = self._outgoing, []
+                for group in _message_groups(items):
+                    await call.write(self._codec.encode(group))
+
+    async def _sweep(self) -> None:
+        """Ends waits that took too long; one timer for all of them."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = loop.time()
+            for lane in list(self._lanes.values()):
+                if lane.waiting and lane.deadline < now:
+                    lane.expire()
+
+
+def _key(identity: Identity) -> tuple[str, int, int]:
+    return identity.session_id, identity.lease_epoch, identity.attempt
+
+
+def _message_groups(items: list[ItemT]) -> Iterator[list[ItemT]]:
+    group: list[ItemT] = []
+    num_tokens = 0
+    for item in items:
+        size = len(item.prefix) if isinstance(item, Open) else 0
+        if size and group and num_tokens + size > MAX_PREFIX_TOKENS_A_MESSAGE:
+            yield group
+            group, num_tokens = [], 0
+        group.append(item)
+        num_tokens += size
+    if group:
+        yield group
