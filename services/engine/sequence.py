@@ -3,7 +3,9 @@
 Owns: the length algebra. Must not know: torch, blocks' contents, the wire. Mutable; touched by the engine thread alone.
 
     tokens      0 ......... num_cached ......... len(tokens)
-                [ in the cache )[   uncached   )               the last committed token is always uncached before its first row
+                [ in the cache )[   uncached   )
+
+The last committed token is always uncached before its first row.
 """
 
 from __future__ import annotations
