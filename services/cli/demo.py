@@ -107,39 +107,33 @@ async def _timed(client: OutriderClient, conversation: Conversation, options: Ge
 
 
 def _table(comparisons: Sequence[Comparison], title: str) -> Table:
-    columns = ("prompt", "tokens", "plain tok/s", "speculative tok/s", "speed-up", "acceptance rate", "mean length")
-    table = Table(*columns, "identical", title=title, title_justify="left")
-    for c in comparisons:
-        statistics = c.speculative.statistics
-        table.add_row(
-            c.kind,
-            str(len(c.speculative.tokens)),
-            number(len(c.plain.tokens) / c.plain_s),
-            number(len(c.speculative.tokens) / c.speculative_s),
-            number(_speedup([c])),
-            number(statistics.acceptance_rate),
-            number(statistics.mean_acceptance_length),
-            "yes" if c.identical else "no",
-        )
-    drafted = sum(c.speculative.statistics.num_draft_tokens for c in comparisons)
-    accepted = sum(c.speculative.statistics.num_accepted_tokens for c in comparisons)
-    drafts = sum(c.speculative.statistics.num_drafts for c in comparisons)
-    table.add_section()
-    table.add_row(
-        "all",
-        str(sum(len(c.speculative.tokens) for c in comparisons)),
-        number(sum(len(c.plain.tokens) for c in comparisons) / sum(c.plain_s for c in comparisons)),
-        number(sum(len(c.speculative.tokens) for c in comparisons) / sum(c.speculative_s for c in comparisons)),
-        number(_speedup(comparisons)),
-        number(accepted / drafted if drafted else None),
-        number(1 + accepted / drafts if drafts else None),
-        "yes" if all(c.identical for c in comparisons) else "no",
-    )
+    """One column a prompt and one for all, so that it fits 80 characters."""
+    groups = [*([c] for c in comparisons), list(comparisons)]
+    table = Table("", *(c.kind for c in comparisons), "all", title=title, title_justify="left")
+    table.add_row("tokens", *(str(sum(len(c.speculative.tokens) for c in group)) for group in groups))
+    table.add_row("plain tokens/s", *(number(_plain_rate(group)) for group in groups))
+    table.add_row("speculative tokens/s", *(number(_speculative_rate(group)) for group in groups))
+    table.add_row("speed-up", *(number(_speculative_rate(group) / _plain_rate(group)) for group in groups))
+    table.add_row("acceptance rate", *(number(_acceptance(group)[0]) for group in groups))
+    table.add_row("mean acceptance length", *(number(_acceptance(group)[1]) for group in groups))
+    table.add_row("identical output", *("yes" if all(c.identical for c in group) else "no" for group in groups))
     return table
 
 
-def _speedup(comparisons: Sequence[Comparison]) -> float:
-    """Of tokens per second, prefill included."""
-    plain = sum(len(c.plain.tokens) for c in comparisons) / sum(c.plain_s for c in comparisons)
-    speculative = sum(len(c.speculative.tokens) for c in comparisons) / sum(c.speculative_s for c in comparisons)
-    return speculative / plain
+def _plain_rate(group: Sequence[Comparison]) -> float:
+    """Tokens per second, prefill included."""
+    return sum(len(c.plain.tokens) for c in group) / sum(c.plain_s for c in group)
+
+
+def _speculative_rate(group: Sequence[Comparison]) -> float:
+    return sum(len(c.speculative.tokens) for c in group) / sum(c.speculative_s for c in group)
+
+
+def _acceptance(group: Sequence[Comparison]) -> tuple[float | None, float | None]:
+    """Acceptance rate and mean acceptance length; None where nothing was drafted."""
+    statistics = [c.speculative.statistics for c in group]
+    num_drafts = sum(s.num_drafts for s in statistics)
+    num_drafted = sum(s.num_draft_tokens for s in statistics)
+    num_accepted = sum(s.num_accepted_tokens for s in statistics)
+    rate = num_accepted / num_drafted if num_drafted else None
+    return rate, 1 + num_accepted / num_drafts if num_drafts else None

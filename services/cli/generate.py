@@ -64,6 +64,8 @@ def generate(
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template; it cannot be used with --raw")
     text = _read_prompt(prompt)
+    if not text:
+        raise click.UsageError("the PROMPT is empty")
     request: Prompt = text if raw else Chat.of(text, system=system)
     options = GenerateOptions(verification=VerificationMethod(verification), stop=stop, **sampling)  # type: ignore[arg-type]
     try:

@@ -72,7 +72,6 @@ def test_a_session_remembers_its_turns_until_it_is_closed(run):
         (("generate", "x", "--temperature", "-1"), "temperature"),
         (("generate", "x", "--temperature", "nan"), "temperature"),
         (("generate", "x", "--top-p", "0"), "top_p"),
-        (("generate", ""), "INVALID_PARAMETER"),
         (("generate", "x", "--model", "none"), "UNKNOWN_MODEL"),
         (("generate", "x", "--session", "no-uuid"), "session_id"),
         (("sessions", "get", str(uuid.UUID(int=1))), "UNKNOWN_SESSION"),

@@ -112,6 +112,7 @@ def test_an_unreachable_coordinator_is_said_so(capsys):
     "arguments",
     [
         ["generate", "hi", "--nonsense"],
+        ["generate", ""],
         ["generate", "hi", "--raw", "--system", "x"],
         ["generate", "hi", "--num-draft-tokens", "17"],
         ["bench", "--mode", "fast"],
