@@ -283,10 +283,9 @@ class TargetCore:
         return [(slot.connection, tokens)]
 
     def _append(self, grown: Sequence, verdict: Verdict) -> None:
-        """Appends a verdict's tokens. Cached are those before it and the accepted drafts, but never the last token."""
-        num_cached = len(grown) + verdict.num_accepted_tokens
+        """Appends a verdict's tokens. All before the last one are accepted drafts, so they are cached."""
         grown.tokens += verdict.token_ids
-        grown.num_cached = min(num_cached, len(grown) - 1)
+        grown.num_cached = len(grown) - 1
         self._blocks.truncate(grown, grown.num_cached)
 
     def _is_done(self, slot: _Slot, verdict: Verdict) -> bool:

@@ -135,6 +135,15 @@ def test_accepted_end_of_sequence_ends_the_verdict() -> None:
     assert tokens_of(result).num_accepted_tokens == len(expected)
 
 
+def test_sequence_goes_on_behind_an_accepted_end_of_sequence_if_asked_to() -> None:
+    core, eos = new_core(), simulated_continuation(PREFIX, 2)[1]
+    item = open_item(prefix=PREFIX, eos_token_ids=frozenset({eos}))
+    (ended,) = run(core, item, verify("a", 3, simulated_continuation(PREFIX, 5)))
+    assert tokens_of(ended).token_ids == simulated_continuation(PREFIX, 2)
+    (result,) = run(core, verify("a", 5, ()))
+    assert tokens_of(result).token_ids == simulated_continuation(PREFIX, 3)[2:]
+
+
 def test_draft_tokens_beyond_the_budget_are_dropped() -> None:
     expected = simulated_continuation(PREFIX, 5)
     (result,) = run(new_core(), open_item(prefix=PREFIX, max_new_tokens=2), verify("a", 3, expected))
