@@ -87,6 +87,11 @@ class Coordinator:
         await self._committer.aclose()
         await self._placement.aclose()
 
+    @property
+    def num_running(self) -> int:
+        """Generations that run here."""
+        return len(self._running)
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new generations; returns whether those that run finished within `timeout_s`."""
         self._draining = True
