@@ -16,6 +16,7 @@ step, and the first in line comes to its answer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.common.values import MAX_DRAFT_TOKENS, Proposal
@@ -64,7 +65,7 @@ class Scheduler:
         self._blocks = blocks
         self._prefill_budget = prefill_budget
 
-    def has_work(self, demands: list[Demand]) -> bool:
+    def has_work(self, demands: Iterable[Demand]) -> bool:
         """Whether `plan` would yield a step."""
         return any(demand.num_tokens_to_cache > 0 and (demand.awaited or self._has_room(demand)) for demand in demands)
 
@@ -95,7 +96,8 @@ class Scheduler:
         works: list[Work] = []
         for age, demand in enumerate(demands):
             if demand.is_row:  # asked anew for each: an older row may have preempted it
-                self._preempt_for(demand, [newer.sequence for newer in demands[age + 1 :]])
+                if not self._has_room(demand):
+                    self._preempt_for(demand, [newer.sequence for newer in demands[age + 1 :]])
                 if self._has_room(demand):
                     works.append(self._chunk(demand, demand.sequence.num_uncached_tokens))
         return works

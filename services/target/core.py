@@ -119,7 +119,7 @@ class TargetCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work([slot.demand for slot in self._table.slots])
+        return self._scheduler.has_work(slot.demand for slot in self._table.slots)
 
     @property
     def load(self) -> WorkerLoad:

@@ -58,7 +58,7 @@ class ModelDrafter:
         return draft.sequence.num_uncached_tokens <= 1
 
     def has_work(self, drafts: list[Draft]) -> bool:
-        return self._scheduler.has_work([_demand(draft) for draft in drafts])
+        return self._scheduler.has_work(_demand(draft) for draft in drafts)
 
     def step(self, drafts: list[Draft]) -> list[Draft]:
         """One forward: a token for each draft that lacks one, and chunks of prefixes not processed yet."""
