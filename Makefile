@@ -56,6 +56,11 @@ lint: setup ## Format, lint, types, import contracts, protos
 
 check: lint test ## What CI runs
 
+PROMPTS ?= services/cli/prompts.jsonl
+check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
+
 format: setup ## Format the code and sort the imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -63,4 +68,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated test lint check format clean
+.PHONY: help stubs setup model demo bench bench-simulated test lint check check-exact format clean
