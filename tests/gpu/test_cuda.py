@@ -1,0 +1,91 @@
+"""The engine on a CUDA device gives what it gives on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.common.items import Identity, Open
+from services.common.values import Proposal, SamplingParams, VerificationMethod
+from services.engine import noise, noise_torch
+from services.engine.block_manager import BlockManager
+from services.engine.paged_model import EngineOptions, PagedEngine, PagedTargetModel, load_engine
+from services.engine.progress import Reporter
+from services.engine.sequence import Sequence
+from services.engine.step import Verdict, Work
+from services.engine.verifier import Verifier
+from tests.tiny_models import SUPPORTED_FAMILIES, save_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], list(range(20, 60))]
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+def load(directory: Path, device: str, dtype: str = "float32") -> PagedEngine:
+    options = EngineOptions(str(directory), directory, dtype=dtype, device=device, num_blocks=64)
+    return load_engine(options, Reporter(quiet=True))
+
+
+def decode(engine: PagedEngine, sampling: SamplingParams, num_steps: int) -> list[list[int]]:
+    """Verifies a proposal that is wrong from its second token on, for all prompts at once, step after step."""
+    model, blocks = PagedTargetModel(engine, Verifier()), BlockManager(engine.num_blocks, engine.block_size)
+    sequences = [
+        Sequence.from_open(
+            Open(
+                Identity(str(i), 1, 1, 0, len(prompt)),
+                tuple(prompt),
+                len(prompt),
+                frozenset(),
+                sampling,
+                VerificationMethod.COUPLED,
+                200,
+            )
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    for _ in range(num_steps):
+        works = []
+        for sequence in sequences:
+            proposal = Proposal(0, (sequence.tokens[-1], 3, 4))
+            blocks.extend(sequence, len(sequence) + 3)
+            works.append(Work(sequence, sequence.num_uncached_tokens, proposal, 4))
+        for sequence, verdict in zip(sequences, model.step(works), strict=True):
+            assert isinstance(verdict, Verdict)
+            length = len(sequence)
+            sequence.tokens.extend(verdict.token_ids)
+            blocks.truncate(sequence, length + verdict.num_accepted_tokens)
+            sequence.num_cached = length + verdict.num_accepted_tokens
+    blocks.check_integrity(sequences)
+    return [sequence.tokens for sequence in sequences]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_the_self_check_passes(tmp_path: Path, family: str, dtype: str) -> None:
+    assert load(save_model(tmp_path, family), "cuda", dtype).self_check_difference <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_those_of_the_host(tmp_path: Path, temperature: float) -> None:
+    directory = save_model(tmp_path)
+    sampling = SamplingParams(temperature=temperature, seed=11, top_p=0.95)
+    host, device = (decode(load(directory, name), sampling, 30) for name in ("cpu", "cuda"))
+    assert device == host
+
+
+def test_noise_words_are_bit_identical() -> None:
+    seeds, indices = [1, 2**63 + 5, 2**64 - 1], [0, 7, 2**31]
+    keys = noise_torch.KeyTensors(
+        torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)).cuda(),
+        torch.tensor(indices).cuda(),
+        torch.full((3,), int(noise.Purpose.COUPLED)).cuda(),
+        torch.zeros(3, dtype=torch.int64).cuda(),
+    )
+    device = noise_torch.words(keys, 1003).cpu().numpy()
+    for row, (seed, index) in enumerate(zip(seeds, indices, strict=True)):
+        host = noise.words(noise.NoiseKeys([seed], [index], noise.Purpose.COUPLED), np.arange(1003))
+        np.testing.assert_array_equal(device[row], np.asarray(host).ravel())
