@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.bench.show import number
-from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import cluster_options
 from services.cli.prompts import Conversation, load_prompts
@@ -61,7 +61,11 @@ def demo(max_tokens: int, spec: ClusterSpec) -> None:
         except OutriderError as error:
             raise CommandFailed(describe(error, cluster.address)) from None
         model = comparisons[0].plain.model
-    results().print(_table(comparisons, f"{model} in {spec.dtype}, drafter {spec.drafter}"))
+    results().print(_table(comparisons, f"{_shown(model, spec)}, drafter {spec.drafter}"))
+
+
+def _shown(model: str, spec: ClusterSpec) -> str:
+    return model if spec.target == SIMULATED else f"{model} in {spec.dtype}"
 
 
 async def _compare_all(address: str, max_tokens: int) -> list[Comparison]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.bench.load import Block, LoadPlan
-from services.cli.bench.report import Percentiles, build_report
+from services.cli.bench.report import Percentiles
 from services.cli.bench.run import run_load
 from services.cli.bench.sample import Mode, Sample
 from services.cli.bench.show import number
@@ -82,17 +82,22 @@ def print_overhead(reports: Sequence[OverheadReport], console: Console) -> None:
     console.print(f"CPU time a round, {reports[-1].num_sessions} sessions over 1: {cpu_ratio(reports):.3f}")
 
 
+def _samples(blocks: Sequence[Block]) -> list[Sample]:
+    return [outcome for block in blocks for outcome in block.outcomes if isinstance(outcome, Sample)]
+
+
 def _num_rounds(blocks: Sequence[Block]) -> int:
-    return sum(o.statistics.num_rounds for block in blocks for o in block.outcomes if isinstance(o, Sample))
+    return sum(sample.statistics.num_rounds for sample in _samples(blocks))
 
 
 def _report(count: int, blocks: list[Block], cpu_per_round: list[float]) -> OverheadReport:
-    report = build_report(blocks)
+    samples = _samples(blocks)
+    wall_s = sum(block.wall_ns for block in blocks) / 1e9
     return OverheadReport(
         num_sessions=count,
         num_rounds=_num_rounds(blocks),
-        failed_requests=report.failed_requests,
+        failed_requests=sum(len(block.outcomes) for block in blocks) - len(samples),
         cpu_ms_per_round=round(statistics.median(cpu_per_round), 5),
-        coordinator_overhead_ms=report.coordinator_overhead_ms,
-        tokens_per_s=report.speculative.tokens_per_s if report.speculative else 0.0,
+        coordinator_overhead_ms=Percentiles.of(ms for sample in samples for ms in sample.statistics.overhead_ms),
+        tokens_per_s=round(sum(sample.num_tokens for sample in samples) / wall_s, 1),
     )
