@@ -41,7 +41,8 @@ for command in (up, serve, generate, bench, demo, models, sessions):
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits: 0, 1 for a failure, 2 for wrong usage, 130 and 143 for SIGINT and SIGTERM."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _raise_terminated)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays in force
+            signal.signal(number, _raise_terminated)
     sys.exit(_exit_code(lambda: cli.main(arguments, prog_name="outrider", standalone_mode=False)))
 
 

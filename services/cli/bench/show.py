@@ -45,25 +45,28 @@ def as_object(report: Report, environment: Environment, formula: FormulaCheck | 
 
 
 def print_report(report: Report, console: Console, formula: FormulaCheck | None = None) -> None:
-    """The tables: modes, then categories."""
+    """The tables: modes, then categories; then the figures that have no column, one line each."""
     console.print(_mode_table(report))
     console.print(_category_table(report))
+    for line in (*_figures(report), *([_formula_line(formula)] if formula is not None else [])):
+        console.print(line, soft_wrap=True)
+
+
+def _figures(report: Report) -> tuple[str, ...]:
     identical = "not compared" if report.num_identical_outputs is None else f"{report.num_identical_outputs}"
-    overhead = report.coordinator_overhead_ms
-    console.print(f"speed-up {number(report.speedup)} (decode phase {number(report.decode_speedup)})")
-    console.print(f"identical outputs {identical} of {report.num_requests}, failed requests {report.failed_requests}")
-    console.print(
-        f"acceptance rate {number(report.acceptance.acceptance_rate)}, "
-        f"mean acceptance length {number(report.acceptance.mean_acceptance_length)}, "
-        f"by position {' '.join(number(rate) for rate in report.acceptance.acceptance_rate_per_position) or '-'}"
+    acceptance, overhead = report.acceptance, report.coordinator_overhead_ms
+    return (
+        f"speed-up {number(report.speedup)} (decode phase {number(report.decode_speedup)})",
+        f"identical outputs {identical} of {report.num_requests}, failed requests {report.failed_requests}",
+        f"acceptance rate {number(acceptance.acceptance_rate)}, "
+        f"mean acceptance length {number(acceptance.mean_acceptance_length)}, "
+        f"by position {' '.join(number(rate) for rate in acceptance.acceptance_rate_per_position) or '-'}",
+        f"coordinator overhead a round: p50 {number(overhead.p50)} ms, p99 {number(overhead.p99)} ms",
     )
-    console.print(f"coordinator overhead a round: p50 {number(overhead.p50)} ms, p99 {number(overhead.p99)} ms")
-    if formula is not None:
-        print_formula(formula, console)
 
 
-def print_formula(formula: FormulaCheck, console: Console) -> None:
-    console.print(
+def _formula_line(formula: FormulaCheck) -> str:
+    return (
         f"decode speed-up measured {formula.measured_speedup:.3f}, by the formula {formula.predicted_speedup:.3f} "
         f"({formula.relative_error:+.1%}) with the realised alpha {formula.alpha:.3f}, "
         f"K={formula.num_draft_tokens}, c={formula.cost_ratio:g}"
