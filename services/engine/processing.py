@@ -17,6 +17,7 @@ Invariant: a row's scores depend on that row alone, not on the rows beside it. S
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 
@@ -119,15 +120,14 @@ def _entries(
 
 
 def _penalise(scores: Tensor, rows: list[Row], penalised: list[int]) -> None:
-    counts = _TokenCounts()
-    seen = [counts.before(rows[r]) for r in penalised]
-    lens = [len(ids) for ids, _ in seen]
+    seen = _count_tokens([rows[r] for r in penalised])
+    lens = [len(counts) for counts in seen]
     params = [rows[r].sampling for r in penalised]
     at, (count, repetition, presence, frequency) = _entries(
         scores,
         np.repeat(penalised, lens),
-        np.concatenate([ids for ids, _ in seen]),
-        np.concatenate([generated for _, generated in seen]),
+        np.fromiter(chain.from_iterable(seen), dtype=np.int64),
+        np.fromiter(chain.from_iterable(counts.values() for counts in seen), dtype=np.float64),
         np.repeat([p.repetition_penalty for p in params], lens),
         np.repeat([p.presence_penalty for p in params], lens),
         np.repeat([p.frequency_penalty for p in params], lens),
@@ -137,34 +137,25 @@ def _penalise(scores: Tensor, rows: list[Row], penalised: list[int]) -> None:
     scores[at] = values - presence * (count > 0) - frequency * count
 
 
-class _TokenCounts:
-    """The distinct tokens before a row, and how often each was generated. Committed ones are counted once for all."""
+def _count_tokens(rows: list[Row]) -> list[Counter[int]]:
+    """For each row the tokens before it, with how often each stands from prompt_len on; 0: in the prompt alone.
 
-    def __init__(self) -> None:
-        self._sequence: Sequence | None = None
-        self._ids = np.empty(0, dtype=np.int64)
-        self._counts = np.empty(0)
-
-    def before(self, row: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Token ids, ascending, and their counts from prompt_len on (0 for a token of the prompt alone)."""
-        sequence = row.sequence
-        if sequence is not self._sequence:
-            generated = np.arange(len(sequence.tokens)) >= sequence.prompt_len
-            self._ids, self._counts = _merge(np.array(sequence.tokens, dtype=np.int64), generated.astype(np.float64))
-            self._sequence = sequence
-        if not row.drafted:
-            return self._ids, self._counts
-        return _merge(
-            np.concatenate([self._ids, np.array(row.drafted, dtype=np.int64)]),
-            np.concatenate([self._counts, np.ones(len(row.drafted))]),
-        )
-
-
-def _merge(
-    ids: npt.NDArray[np.int64], counts: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    unique, inverse = np.unique(ids, return_inverse=True)
-    return unique, np.bincount(inverse, weights=counts, minlength=len(unique)).astype(np.float64)
+    Committed tokens are counted once for all rows of a sequence.
+    """
+    seen: list[Counter[int]] = []
+    sequence: Sequence | None = None
+    committed: Counter[int] = Counter()
+    for row in rows:
+        if row.sequence is not sequence:
+            sequence = row.sequence
+            committed = Counter(dict.fromkeys(sequence.tokens, 0))
+            committed.update(sequence.tokens[sequence.prompt_len :])
+        counts = committed
+        if row.drafted:
+            counts = committed.copy()
+            counts.update(row.drafted)
+        seen.append(counts)
+    return seen
 
 
 def _distribution(scores: Tensor, params: list[SamplingParams]) -> Tensor:
