@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 MAX_COMMITS_IN_FLIGHT = 2
 """Of one session; each of any number of tokens."""
 
+_TURNS_BEFORE_WRITE = 2
+"""Turns of the event loop before a round trip: the same moment's items to workers go out first, and commits gather."""
+
 
 class CommitStore(Protocol):
     """What the committer needs of services.common.session_store.SessionStore."""
@@ -72,6 +75,8 @@ class Committer:
                 if not self._waiting:
                     self._waiter = loop.create_future()
                     await self._waiter
+                for _ in range(_TURNS_BEFORE_WRITE):
+                    await asyncio.sleep(0)
                 batch, self._waiting = self._waiting, []
                 for waiting, outcome in zip(batch, await self._write(batch), strict=True):
                     waiting.settle(outcome)
@@ -82,6 +87,8 @@ class Committer:
 
     async def _write(self, batch: list[_Waiting]) -> list[OutriderError | None]:
         commits = [waiting.commit for waiting in batch]
+        with contextlib.suppress(Unavailable):
+            return await self._store.commit_all(commits)
         try:
             return await self._retrying(self._store.commit_all, commits)
         except OutriderError as error:
