@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import tenacity
 
-from services.common.errors import OutriderError, Unavailable
+from services.common.errors import Internal, OutriderError, Unavailable
 from services.common.session_store import Commit
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,16 @@ class Committer:
 
     async def _write(self, batch: list[_Waiting]) -> list[OutriderError | None]:
         commits = [waiting.commit for waiting in batch]
-        with contextlib.suppress(Unavailable):
-            return await self._store.commit_all(commits)
         try:
+            with contextlib.suppress(Unavailable):
+                return await self._store.commit_all(commits)
             return await self._retrying(self._store.commit_all, commits)
         except OutriderError as error:
             log.warning("%d commits failed: %s", len(batch), error)
             return [error] * len(batch)
+        except Exception:
+            log.exception("%d commits failed", len(batch))
+            return [Internal("DEFECT", "internal error; the server's log has the detail")] * len(batch)
 
 
 class Journal:

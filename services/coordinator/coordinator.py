@@ -159,14 +159,15 @@ class Coordinator:
             self._opening.discard(session_id)
 
     async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
-        placed = self._placement.choose(request.num_draft_tokens)
         if running := self._running.get(request.session_id):
+            self._placement.choose(request.num_draft_tokens)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
         record = await self._store.load(request.session_id)
         if record and record.request_id == request.request_id:
             check_same_request(request, record.request_digest)
             if record.finish_reason:
                 return self._finished(request, record)
+        placed = self._placement.choose(request.num_draft_tokens)
         opened = await self._opener.open(request, placed, record)
         return self._run(request, placed, opened, arrived_ns)
 

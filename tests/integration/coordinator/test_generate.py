@@ -150,6 +150,13 @@ async def test_a_finished_generation_repeats_its_tail(cluster: Cluster) -> None:
     assert (again.tokens, again.text) == (whole.tokens, whole.text)
 
 
+async def test_a_finished_tail_needs_no_worker(cluster: Cluster) -> None:
+    request = {"session_id": str(uuid.uuid4()), "request_id": str(uuid.uuid4()), "prompt": "hi", "max_tokens": 5}
+    whole = await cluster.generate(**request, ignore_eos=True)
+    await cluster.target.server.__aexit__(None, None, None)
+    assert (await cluster.generate(**request, ignore_eos=True)).tokens == whole.tokens
+
+
 async def test_a_repeated_request_id_with_other_parameters_is_a_mismatch(cluster: Cluster) -> None:
     request = {"session_id": str(uuid.uuid4()), "request_id": str(uuid.uuid4()), "prompt": "hi"}
     await cluster.generate(**request, max_tokens=4)

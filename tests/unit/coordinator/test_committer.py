@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from services.common.errors import Aborted, OutriderError, Unavailable
+from services.common.errors import Aborted, Internal, OutriderError, Unavailable
 from services.common.session_store import Commit
 from services.coordinator.committer import MAX_COMMITS_IN_FLIGHT, Committer, Journal
 
@@ -142,3 +142,21 @@ async def test_stopping_settles_what_still_waits(store: FakeStore) -> None:
     await committer.aclose()
     await journal.settle()
     assert isinstance(journal.failure, Unavailable)
+
+
+async def test_a_defect_fails_the_commits_and_not_the_committer(
+    store: FakeStore, committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def defective(commits: Sequence[Commit]) -> list[OutriderError | None]:
+        raise ZeroDivisionError
+
+    store.may_answer.set()
+    first, second = Journal(committer, "first", 1, 10), Journal(committer, "second", 1, 10)
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "commit_all", defective)
+        await append(first, 1)
+        await first.settle()
+    assert isinstance(first.failure, Internal)
+    await append(second, 1)
+    await second.drain()
+    assert second.durable_len == 11
