@@ -17,9 +17,9 @@ from services.engine.sequence import Sequence
 class Work:
     """One sequence's share of a step.
 
-    Computed are the tokens at [sequence.num_cached, sequence.num_cached + num_new_tokens), then those of `proposal`. The
-    core has made sure that the block table has room for all of them. Where `num_rows` > 0 the last `num_rows` computed
-    positions yield logits: row r belongs to the token at absolute index `len(sequence.tokens) + r`, so the chunk must
+    Computed are the tokens at [sequence.num_cached, sequence.num_cached + num_new_tokens), then those of `proposal`.
+    The core has made sure that the block table has room for all of them. Where `num_rows` > 0 the last `num_rows`
+    computed positions yield logits: row r belongs to the token at absolute index `len(sequence.tokens) + r`, so the chunk must
     reach the end of `sequence.tokens`, and num_rows = 1 + len(proposal.token_ids).
     """
 
@@ -74,8 +74,8 @@ class TargetModel(Protocol):
 
 
 class DraftModel(Protocol):
-    """Computes a step of the draft: as TargetModel, but num_rows is 0 or 1, `proposal` is None (the core appends drafted
-    tokens to the sequence itself), and a Work with a row yields one sampled token."""
+    """Computes a step of the draft: as TargetModel, but num_rows is 0 or 1, `proposal` is None (the core appends
+    drafted tokens to the sequence itself), and a Work with a row yields one sampled token."""
 
     @property
     def info(self) -> ModelInfo: ...
