@@ -19,8 +19,8 @@ class Work:
 
     Computed are the tokens at [sequence.num_cached, sequence.num_cached + num_new_tokens), then those of `proposal`.
     The core has made sure that the block table has room for all of them. Where `num_rows` > 0 the last `num_rows`
-    computed positions yield logits: row r belongs to the token at absolute index `len(sequence.tokens) + r`, so the chunk must
-    reach the end of `sequence.tokens`, and num_rows = 1 + len(proposal.token_ids).
+    computed positions yield logits: row r belongs to the token at absolute index `len(sequence.tokens) + r`, so the
+    chunk must reach the end of `sequence.tokens`, and num_rows = 1 + len(proposal.token_ids).
     """
 
     sequence: Sequence
