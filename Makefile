@@ -54,6 +54,13 @@ lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
 
+check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
+	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
+	$(BIN)/python -m tests.distribution.check
+
+check-mutants: setup ## Apply defects that break exactness and show which tests notice
+	$(BIN)/python -m tests.mutants
+
 check: lint test ## What CI runs
 
 PROMPTS ?= services/cli/prompts.jsonl
@@ -68,4 +75,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated test lint check check-exact format clean
+.PHONY: help stubs setup model demo bench bench-simulated test lint check check-exact format clean check-distribution check-mutants

@@ -176,7 +176,9 @@ def draw_chains(case: Case, seeds: range) -> npt.NDArray[np.int64]:
         proposals = drafting.propose([draft for _, draft in running], [1 + s.sampling.seed % 3 for s in sequences])
         works = [Work(s, 1, p, 1 + len(p.token_ids)) for s, p in zip(sequences, proposals, strict=True)]
         for (sequence, draft), verdict in zip(running, verifier.verify(works, target.logits(works)), strict=True):
-            sequence.tokens += verdict.token_ids if verdict else ()
+            if verdict is None or verdict.rows_replaced:
+                raise AssertionError("a row of the sampler's, or one that nobody should look at, was found invalid")
+            sequence.tokens += verdict.token_ids
             draft.tokens[:] = sequence.tokens
         running = [(sequence, draft) for sequence, draft in running if len(sequence) < len(PROMPT) + NUM_TOKENS]
     return np.array([sequence.tokens[len(PROMPT) :][:NUM_TOKENS] for sequence, _ in chains])

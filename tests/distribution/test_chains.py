@@ -29,6 +29,12 @@ def test_the_lying_drafter_would_be_found_out_if_it_were_trusted(monkeypatch):
     assert p_value(draw(case, 15_000), exact(case)) < LEAST_P
 
 
+def test_rows_shorter_than_the_vocabulary_keep_the_distribution(monkeypatch):
+    monkeypatch.setattr("services.engine.sampler.MAX_DRAFT_ROW_LEN", 3)
+    case = Case("good", "min_p", 8, VerificationMethod.REJECTION)
+    assert p_value(draw(case, NUM_DRAWS), exact(case)) >= LEAST_P
+
+
 def test_threshold_verification_is_seen_to_be_lossy():
     case = Case("bad", "top_p", 8, VerificationMethod.THRESHOLD)
     assert p_value(draw(case, 15_000), exact(case)) < LEAST_P

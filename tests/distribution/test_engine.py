@@ -81,7 +81,7 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
     return np.array([probs[tokens] for tokens in itertools.product(range(VOCAB_SIZE), repeat=NUM_TOKENS)])
 
 
-@pytest.mark.parametrize("method", [VerificationMethod.REJECTION, VerificationMethod.COUPLED])
+@pytest.mark.parametrize("method", [VerificationMethod.REJECTION, VerificationMethod.COUPLED], ids=lambda m: m.value)
 @pytest.mark.parametrize(
     ("kind", "processing"),
     [

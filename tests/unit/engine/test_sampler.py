@@ -57,6 +57,12 @@ def test_a_rejection_row_is_cut_to_the_most_likely_and_sums_to_one_in_float32():
     assert token in row.token_ids
 
 
+def test_a_rejection_token_is_always_one_of_its_own_row():
+    logits = torch.zeros(200, 3 * MAX_DRAFT_ROW_LEN)
+    sampled = sample([sequence([1], SamplingParams(seed=s), REJECTION) for s in range(200)], logits)
+    assert all(token in row.token_ids for token, row in sampled)
+
+
 def test_a_rejection_token_is_the_argmax_over_its_own_row_under_draft_noise():
     for seed in range(30):
         token, row = sample([sequence([2, 5], SamplingParams(seed=seed), REJECTION)])[0]
