@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Idle OpenMP threads sleep: spinning ones take the cores that other processes need.
+export OMP_WAIT_POLICY := PASSIVE
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
