@@ -162,6 +162,7 @@ class DraftCore:
         slot = self._table.find(item.identity, connection)
         draft = slot.draft
         check_base_len(item.identity, draft.num_committed + len(item.committed_tokens))
+        self._limits.check_base_len(item.identity)
         self._limits.check_num_draft_tokens("num_draft_tokens", item.num_draft_tokens)
         self._limits.check_token_ids("committed_tokens", item.committed_tokens)
         results: Results = []

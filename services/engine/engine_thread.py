@@ -95,9 +95,9 @@ class Connection(Generic[Item, Result]):
     def submit(self, items: Sequence[Item]) -> None:
         """Queues items without blocking; they reach the core together and in order. A closed connection drops them.
 
-        Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none.
-        Close items need no room, and one submission always finds room in an empty queue. Raises Unavailable (DRAINING)
-        once the engine is stopped.
+        Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none but
+        Close items, which need no room. One submission always finds room in an empty queue. Raises Unavailable
+        (DRAINING) once the engine is stopped.
         """
         if not self.closed:
             self._engine._submit(self, items)
@@ -206,20 +206,23 @@ class EngineThread(Generic[Item, Result]):
     def _submit(self, connection: Connection[Item, Result], items: Sequence[Item]) -> None:
         if not items:
             return
-        arrival = _Arrival(connection, tuple(items), time.monotonic_ns())
-        num_new = sum(not isinstance(item, Close) for item in items)
+        closes = tuple(item for item in items if isinstance(item, Close))
+        num_new = len(items) - len(closes)
         with self._wake:
             self._check_serving()
             num_queued = self._num_queued_items
-            if num_new and num_queued and num_queued + num_new > self._max_queued_items:
-                raise ResourceExhausted(
-                    "QUEUE_FULL",
-                    f"{num_queued} items wait for {self._name}; its limit is {self._max_queued_items}",
-                    retry_after_ms=QUEUE_RETRY_AFTER_MS,
-                )
-            self._num_queued_items += num_new
-            self._inbox.append(arrival)
-            self._wake.notify()
+            is_full = bool(num_new and num_queued and num_queued + num_new > self._max_queued_items)
+            taken = closes if is_full else tuple(items)
+            if taken:
+                self._num_queued_items += len(taken) - len(closes)
+                self._inbox.append(_Arrival(connection, taken, time.monotonic_ns()))
+                self._wake.notify()
+        if is_full:
+            raise ResourceExhausted(
+                "QUEUE_FULL",
+                f"{num_queued} items wait for {self._name}; its limit is {self._max_queued_items}",
+                retry_after_ms=QUEUE_RETRY_AFTER_MS,
+            )
 
     def _close(self, connection: Connection[Item, Result]) -> None:
         with self._wake:

@@ -67,7 +67,13 @@ class Scheduler:
 
     def has_work(self, demands: Iterable[Demand]) -> bool:
         """Whether `plan` would yield a step."""
-        return any(demand.num_tokens_to_cache > 0 and (demand.awaited or self._has_room(demand)) for demand in demands)
+        is_first = True
+        for demand in demands:
+            if demand.num_tokens_to_cache > 0:
+                if demand.awaited or self._holds_room(demand) or (is_first and self._has_room(demand)):
+                    return True
+                is_first = False  # newer ones do not overtake it
+        return False
 
     def plan(self, demands: list[Demand]) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.

@@ -51,6 +51,15 @@ class Limits:
                 "INVALID_PARAMETER", f"{field}: {num_tokens} draft tokens, at most {self.max_draft_tokens}", field=field
             )
 
+    def check_base_len(self, identity: Identity) -> None:
+        """Raises InvalidArgument naming the limit for more tokens than a sequence may have."""
+        if identity.base_len > self.max_sequence_len:
+            raise InvalidArgument(
+                "INVALID_PARAMETER",
+                f"base_len: {identity.base_len}, but a sequence has at most {self.max_sequence_len} tokens",
+                field="base_len",
+            )
+
     def check_open(self, item: Open) -> None:
         """Raises InvalidArgument naming the field and the limit."""
         prefix_len = len(item.prefix)

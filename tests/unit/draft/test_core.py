@@ -185,6 +185,14 @@ def test_draft_stops_at_the_workers_longest_sequence() -> None:
     assert len(tokens_of(results[-1])) == 2
 
 
+def test_commits_beyond_the_workers_longest_sequence_are_refused() -> None:
+    bench = Bench(max_sequence_len=6)
+    bench.run(open_item(prefix=PREFIX, max_new_tokens=50), propose("a", 6, (7, 8, 9), 0))
+    [refused] = bench.run(propose("a", 7, (10,), 1))
+    assert isinstance(refused, Refused)
+    assert refused.error.field == "base_len"
+
+
 def test_draft_stops_behind_an_end_of_sequence_token() -> None:
     bench = Bench()
     expected = drafted_continuation(PREFIX, 6)

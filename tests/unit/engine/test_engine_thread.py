@@ -216,12 +216,12 @@ def test_full_queue_refuses_all_but_closes() -> None:
         connection.submit([open_item("b"), open_item("c")])
         assert bench.engine.load.num_queued >= 2
         with pytest.raises(ResourceExhausted) as refusal:
-            connection.submit([open_item("d"), verify("d", 3, ())])
+            connection.submit([open_item("d"), close("a"), verify("d", 3, ())])
         assert refusal.value.reason == "QUEUE_FULL"
         assert refusal.value.retry_after_ms
-        connection.submit([close("a")])
+        connection.submit([close("b")])
         bench.model.open_gate()
-        assert bench.engine.run(lambda: bench.core.load.num_sequences, DEADLINE_S) == 2
+        assert bench.engine.run(lambda: bench.core.load.num_sequences, DEADLINE_S) == 1
 
 
 def test_one_large_submission_fits_an_empty_queue() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from services.common.values import Proposal
 from services.engine.block_manager import BlockManager
 from services.engine.scheduler import Demand, Scheduler
@@ -100,3 +103,28 @@ def test_prefill_that_nobody_waits_for_takes_only_free_blocks() -> None:
     assert not Scheduler(blocks).has_work([Demand(idle), Demand(eager)])
     assert Scheduler(blocks).plan([Demand(idle), Demand(eager)]) == []
     assert idle.num_cached == 12
+
+
+def test_there_is_no_work_where_the_first_in_line_finds_no_room() -> None:
+    blocks = BlockManager(4, 4)
+    idle, long, short = sequence_of(blocks, 9, num_cached=8), sequence_of(blocks, 13), sequence_of(blocks, 5)
+    demands = [Demand(idle), Demand(long), Demand(short)]
+    assert not Scheduler(blocks).has_work(demands)
+    assert Scheduler(blocks).plan(demands) == []
+
+
+@given(
+    num_blocks=st.integers(4, 12),
+    held=st.lists(st.tuples(st.integers(2, 16), st.booleans(), st.booleans(), st.booleans()), max_size=5),
+)
+def test_there_is_work_exactly_where_a_step_would_be_planned(
+    num_blocks: int, held: list[tuple[int, bool, bool, bool]]
+) -> None:
+    blocks = BlockManager(num_blocks, 4)
+    demands = []
+    for num_tokens, cached, awaited, wants_row in held:
+        fits = cached and blocks.num_blocks_for(num_tokens - 1) <= blocks.num_free_blocks
+        sequence = sequence_of(blocks, num_tokens, num_cached=num_tokens - 1 if fits else 0)
+        demands.append(Demand(sequence, awaited=awaited, wants_row=awaited and wants_row))
+    scheduler = Scheduler(blocks, 8)
+    assert scheduler.has_work(demands) == bool(scheduler.plan(demands))
