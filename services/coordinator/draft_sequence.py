@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
-from services.common.errors import OutriderError
+from services.common.errors import InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
+from services.common.values import Proposal, WorkerInfo
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.worker_link import Lane, WorkerLink
 
@@ -81,8 +83,8 @@ class DraftSequence:
         if link is None or link.info is None or not link.up or link.load.draining:
             self._try_later()
             return
-        if link.info.max_sequence_len <= len(self._tokens):
-            self._link = None  # the sequence has outgrown this worker
+        if self._is_outgrown(link.info):
+            self.close()
             return
         self._attempt += 1
         identity = self._plan.identity(self._attempt, self._round, len(self._tokens))
@@ -92,10 +94,15 @@ class DraftSequence:
         self._told_len = len(self._tokens)
 
     async def propose(self, round_number: int, num_draft_tokens: int) -> Proposed | None:
-        """At most `num_draft_tokens` tokens behind the committed ones; None if the draft is late, lost or refuses."""
-        lane = self._lane
-        if lane is None:
+        """At most `num_draft_tokens` valid tokens behind the committed ones.
+
+        None if the draft is late, lost, refuses, sends what is no such proposal, or is too short for the sequence.
+        """
+        self._close_if_outgrown()
+        lane, info = self._lane, self._link.info if self._link else None
+        if lane is None or info is None:
             return None
+        num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
         self._round = round_number
         self._tell(num_draft_tokens)
         try:
@@ -103,7 +110,8 @@ class DraftSequence:
                 result = await lane.receive(self._timeout_s)
                 if isinstance(result, Refused):
                     raise result.error
-                if isinstance(result, Proposed) and result.proposal.proposal_id == self._num_proposals:
+                if self._is_awaited(result):
+                    self._check(result.proposal, num_draft_tokens)
                     self._backoff_s = _FIRST_BACKOFF_S
                     self.num_cached_tokens = result.num_cached_tokens
                     return result
@@ -115,6 +123,7 @@ class DraftSequence:
     def note_commits(self, round_number: int) -> None:
         """While the target decodes alone: tells the draft of commits now and then, so that it can catch up."""
         self._round = round_number
+        self._close_if_outgrown()
         if self._lane is not None and len(self._tokens) - self._told_len >= _NOTE_LEN:
             self._tell(0)
 
@@ -139,10 +148,31 @@ class DraftSequence:
             self._ready = True
             self._on_ready()
             return True
-        if isinstance(result, Refused) and not (self._lane and self._lane.waiting):
+        waiting = self._lane is not None and self._lane.waiting
+        if isinstance(result, Refused) and not waiting:
             self._lose(result.error)  # of the Open, or of a note of commits
             return True
-        return False
+        return isinstance(result, Proposed) and not (waiting and self._is_awaited(result))
+
+    def _is_awaited(self, result: DraftResult) -> TypeGuard[Proposed]:
+        return isinstance(result, Proposed) and result.proposal.proposal_id == self._num_proposals
+
+    def _check(self, proposal: Proposal, num_draft_tokens: int) -> None:
+        """Raises InvalidArgument for what the target would refuse."""
+        if len(proposal.token_ids) > num_draft_tokens:
+            raise InvalidArgument(
+                "INVALID_PARAMETER", f"the draft proposed {len(proposal.token_ids)} tokens, not {num_draft_tokens}"
+            )
+        if any(token_id >= self._plan.vocab_size for token_id in proposal.token_ids):
+            raise InvalidArgument("INVALID_PARAMETER", "the draft proposed a token outside the target's vocabulary")
+
+    def _is_outgrown(self, info: WorkerInfo) -> bool:
+        """Whether the draft can propose nothing more: behind a proposal there must be room for a token."""
+        return info.max_sequence_len < len(self._tokens) + 2
+
+    def _close_if_outgrown(self) -> None:
+        if self._link is not None and self._link.info is not None and self._is_outgrown(self._link.info):
+            self.close()
 
     def _lose(self, error: OutriderError) -> None:
         log.info("session %s decodes without a draft for now: %s", self._plan.session_id, error)

@@ -66,7 +66,7 @@ class SessionOpener:
 
     async def _begin(self, request: GenerationRequest, placed: Placed, record: SessionRecord | None) -> Opened:
         turn = await self._turn(request, record)
-        check_prompt_len(request, turn, placed.target.max_sequence_len)
+        check_prompt_len(request, len(turn.token_ids), placed.target.max_sequence_len)
         adopted = adopted_tokens((), request.resume)
         seed = secrets.randbits(64) if request.seed is None else request.seed
         new = (*turn.token_ids[turn.num_kept_tokens :], *adopted)
@@ -103,6 +103,7 @@ class SessionOpener:
         )
 
     async def _resume(self, request: GenerationRequest, placed: Placed, record: SessionRecord) -> Opened:
+        check_prompt_len(request, record.prompt_len, placed.target.max_sequence_len)
         generated = record.token_ids[record.prompt_len :]
         adopted = adopted_tokens(generated, request.resume)
         missing_log_probs = _missing_log_probs(request, len(adopted))
@@ -147,7 +148,8 @@ class SessionOpener:
             verification=request.verification,
             num_draft_tokens=min(request.num_draft_tokens, _max_draft_tokens(placed)),
             log_probs=request.log_probs,
-            num_top_log_probs=min(request.num_top_log_probs, placed.model.vocab_size),
+            num_top_log_probs=request.num_top_log_probs,
+            vocab_size=placed.model.vocab_size,
         )
 
 

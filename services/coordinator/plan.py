@@ -27,6 +27,8 @@ class GenerationPlan:
     num_draft_tokens: int
     log_probs: bool
     num_top_log_probs: int
+    vocab_size: int
+    """The target's: what is proposed must lie within."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)

@@ -49,15 +49,15 @@ def next_turn(request: GenerationRequest, record: SessionRecord | None, tokenize
     return Turn((*recorded, *new), len(recorded), "")
 
 
-def check_prompt_len(request: GenerationRequest, turn: Turn, max_sequence_len: int) -> None:
+def check_prompt_len(request: GenerationRequest, prompt_len: int, max_sequence_len: int) -> None:
     """Raises InvalidArgument unless there is a prompt that leaves room for a token."""
     field = {ChatInput: "chat.messages", TextInput: "prompt", TokenInput: "tokens.token_ids"}[type(request.input)]
-    if not turn.token_ids:
+    if not prompt_len:
         raise InvalidArgument("INVALID_PARAMETER", f"{field}: has no tokens", field=field)
-    if len(turn.token_ids) >= max_sequence_len:
+    if prompt_len >= max_sequence_len:
         raise InvalidArgument(
             "PROMPT_TOO_LONG",
-            f"{field}: {len(turn.token_ids)} tokens exceed the limit of {max_sequence_len - 1}",
+            f"{field}: {prompt_len} tokens exceed the limit of {max_sequence_len - 1}",
             field=field,
             metadata={"limit": str(max_sequence_len - 1)},
         )

@@ -241,6 +241,9 @@ class WorkerLink(Generic[ItemT, ResultT]):
                         lane.deliver(result)
         except grpc.aio.AioRpcError as failure:
             error = rpc.error_from_rpc(failure)
+        except asyncio.CancelledError:
+            if not writer.done():  # else it was the writer that ended the stream
+                raise
         finally:
             self._up.clear()
             writer.cancel()
@@ -256,9 +259,12 @@ class WorkerLink(Generic[ItemT, ResultT]):
             lane.break_off(error)
 
     async def _write(self, call: Any) -> None:
-        """Sends what has gathered; the loop runs once before each message: what is ready together goes together."""
+        """Sends what has gathered; the loop runs once before each message: what is ready together goes together.
+
+        A defect ends the stream, which its lanes notice; were it to end the writer alone, they would wait in vain.
+        """
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells
+        try:
             while True:
                 if not self._outgoing:
                     self._outgoing_waiter = loop.create_future()
@@ -267,6 +273,11 @@ class WorkerLink(Generic[ItemT, ResultT]):
                 items, self._outgoing = self._outgoing, []
                 for group in _message_groups(items):
                     await call.write(self._codec.encode(group))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the reader tells
+        except Exception:
+            log.exception("%s: cannot be written to", self)
+            call.cancel()
 
     async def _sweep(self) -> None:
         """Ends waits that took too long; one timer for all of them."""

@@ -111,9 +111,9 @@ def test_a_chat_behind_plain_turns_is_appended() -> None:
 def test_a_prompt_must_leave_room_for_a_token() -> None:
     request = a_request(TextInput("abcd"))
     turn = next_turn(request, None, TOKENIZER)
-    check_prompt_len(request, turn, 5)
+    check_prompt_len(request, len(turn.token_ids), 5)
     with pytest.raises(InvalidArgument, match="limit of 3") as caught:
-        check_prompt_len(request, turn, 4)
+        check_prompt_len(request, len(turn.token_ids), 4)
     assert (caught.value.reason, caught.value.field) == ("PROMPT_TOO_LONG", "prompt")
 
 
