@@ -50,6 +50,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
     Raises InvalidArgument INVALID_PARAMETER or PROMPT_TOO_LONG, NotFound UNKNOWN_MODEL, FailedPrecondition UNSUPPORTED.
     """
     sampling = _sampling(message.sampling, limits)
+    max_tokens = _within("max_tokens", message.max_tokens or DEFAULT_MAX_TOKENS, 1, MAX_MAX_TOKENS)
     request = GenerationRequest(
         session_id=_uuid(message.session_id, "session_id"),
         request_id=_uuid(message.request_id, "request_id"),
@@ -57,7 +58,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         input=_input(message, limits),
         sampling=sampling,
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
-        max_tokens=_within("max_tokens", message.max_tokens or DEFAULT_MAX_TOKENS, 1, MAX_MAX_TOKENS),
+        max_tokens=max_tokens,
         stop=_stop(message),
         stop_token_ids=tuple(sorted(set(_token_ids("stop_token_ids", message.stop_token_ids, limits)))),
         verification=wire.method_from_proto(message.verification),
@@ -66,7 +67,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         num_top_log_probs=_within("num_top_log_probs", message.num_top_log_probs, 0, MAX_TOP_LOG_PROBS),
         ignore_eos=message.ignore_eos,
         include_special_tokens=message.include_special_tokens,
-        resume=_resume(message, limits),
+        resume=_resume(message, max_tokens, limits),
     )
     if len(message.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise _invalid("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} are allowed")
@@ -163,9 +164,10 @@ def _num_draft_tokens(message: coordinator_pb2.GenerateRequest, limits: Limits) 
     return _within("num_draft_tokens", message.num_draft_tokens, 0, limits.max_draft_tokens)
 
 
-def _resume(message: coordinator_pb2.GenerateRequest, limits: Limits) -> ResumePoint | None:
+def _resume(message: coordinator_pb2.GenerateRequest, max_tokens: int, limits: Limits) -> ResumePoint | None:
     if not message.HasField("resume"):
         return None
+    _within("resume.num_received_tokens", message.resume.num_received_tokens, 0, max_tokens)
     beyond = _token_ids("resume.tokens_beyond_durable", message.resume.tokens_beyond_durable, limits)
     if len(beyond) > message.resume.num_received_tokens:
         raise _invalid("resume.tokens_beyond_durable", "has more tokens than resume.num_received_tokens says")

@@ -28,6 +28,9 @@ from services.coordinator.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_ENDING_S = 0.2
+"""What a generation may take to end after its client went away, before the next request is told that it is busy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -105,6 +108,7 @@ class Coordinator:
         QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH.
         """
         arrived_ns = time.perf_counter_ns()
+        await self._let_end(request)
         with self._reserve(request):
             stream = await self._open(request, arrived_ns)
         try:
@@ -135,6 +139,12 @@ class Coordinator:
                 return None
             raise
 
+    async def _let_end(self, request: GenerationRequest) -> None:
+        """A client that leaves a stream and sends the next turn at once may overtake the news that it left."""
+        running = self._running.get(request.session_id)
+        if running and running.request_id != request.request_id:
+            await running.generation.wait(_ENDING_S)
+
     @contextlib.contextmanager
     def _reserve(self, request: GenerationRequest) -> Iterator[None]:
         """Holds the session for a request that is being opened. Raises where it may not be."""
@@ -159,6 +169,8 @@ class Coordinator:
             self._opening.discard(session_id)
 
     async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
+        if not request.model:  # no target has ever been seen, so nobody knows what the request is
+            self._placement.choose(request.num_draft_tokens)
         if running := self._running.get(request.session_id):
             self._placement.choose(request.num_draft_tokens)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
@@ -189,7 +201,7 @@ class Coordinator:
         trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
         past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
-        if unread.token_ids:
+        if unread.token_ids or unread.tail:
             output.put(replace(unread, finish=None), len(opened.generated))
         generation = Generation(
             plan,

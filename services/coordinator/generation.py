@@ -87,6 +87,11 @@ class Generation:
         self._task = asyncio.create_task(self._run())
         return self._task
 
+    async def wait(self, timeout_s: float) -> None:
+        """Returns when it has ended, or after `timeout_s`."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=timeout_s)
+
     async def stop(self, error: OutriderError | None) -> None:
         """Ends the generation where it stands; afterwards it writes nothing any more.
 
@@ -95,7 +100,9 @@ class Generation:
         if self._finish is None:
             self._abandon(error)
         if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
+            if self._task.cancelled():  # before its first step
+                self._end_stopped()
 
     async def _run(self) -> None:
         try:
@@ -106,10 +113,7 @@ class Generation:
             await self._journal.drain()
             self._output.end(self._finish or FinishReason.CLOSED, self._snapshot())
         except asyncio.CancelledError:
-            if self._stop_error is not None:
-                self._output.fail(self._stop_error)
-            else:
-                self._output.end(FinishReason.CLOSED, self._snapshot())
+            self._end_stopped()
         except OutriderError as error:
             self._output.fail(error)
         except Exception:
@@ -121,6 +125,12 @@ class Generation:
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
+
+    def _end_stopped(self) -> None:
+        if self._stop_error is not None:
+            self._output.fail(self._stop_error)
+        else:
+            self._output.end(FinishReason.CLOSED, self._snapshot())
 
     async def _loop(self) -> None:
         self._draft.open()

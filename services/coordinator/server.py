@@ -70,16 +70,16 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
         placement = Placement(WorkerLink(config.target_addresses[0], TARGET_CODEC), draft, tokenizer.vocab_digest)
         committer = Committer(store, retry_s=config.store_retry_s)
         coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
-        coordinator.start()
-        stack.push_async_callback(coordinator.aclose)
         server = GrpcServer(
             config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection
         )
         service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
         server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer))
-        async with server:
-            yield RunningCoordinator(server.port, server, coordinator, placement)
-            await server.set_ready(False)
+        await stack.enter_async_context(server)
+        coordinator.start()
+        stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
+        yield RunningCoordinator(server.port, server, coordinator, placement)
+        await server.set_ready(False)
 
 
 async def _check_store(store: SessionStore) -> None:

@@ -1,0 +1,161 @@
+"""Ends and beginnings that meet: stopping coordinators, resumes at starting ones, turns right behind each other."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import grpc.aio
+import pytest
+from outrider.v1 import coordinator_pb2 as pb
+from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
+
+from services.common import rpc
+from services.common.errors import InvalidArgument, Unavailable
+from services.common.service import wait_until
+from services.coordinator import admission
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.server import running_coordinator
+from services.target.server import running_target
+from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
+
+SAMPLED = sampling_pb2.SamplingParams(temperature=1.0, seed=7)
+
+
+def new_request(**fields: Any) -> dict[str, Any]:
+    ids = {"session_id": str(uuid.uuid4()), "request_id": str(uuid.uuid4())}
+    return {**ids, "prompt": "hi", "sampling": SAMPLED, "ignore_eos": True, **fields}
+
+
+async def _read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_a_coordinator_that_stops_tells_its_streams_that_they_have_moved(redis_url: str) -> None:
+    async with running_target(replace(TARGET, simulated_step_ms=10.0)) as target:
+        config = CoordinatorConfig(
+            port=0, redis_url=redis_url, tokenizer="simulated", targets=f"127.0.0.1:{target.port}"
+        )
+        async with running_coordinator(config) as coordinator:
+            assert await coordinator.wait_ready(10)
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}")
+            call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Generate(
+                pb.GenerateRequest(**new_request(max_tokens=3000))
+            )
+            await call.read()
+            assert not await coordinator.coordinator.drain(0.1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_to_the_end(call)
+        await channel.close()
+    error = rpc.error_from_rpc(caught.value)
+    assert (type(error), error.reason) == (Unavailable, "MOVED")
+
+
+async def test_a_resume_at_a_coordinator_that_has_seen_no_target_yet_may_be_tried_again(
+    cluster: Cluster, redis_url: str
+) -> None:
+    request = new_request(max_tokens=5)
+    await cluster.generate(**request)
+    config = CoordinatorConfig(port=0, redis_url=redis_url, tokenizer="simulated", targets="127.0.0.1:1")
+    async with (
+        running_coordinator(config) as starting,
+        grpc.aio.insecure_channel(f"127.0.0.1:{starting.port}") as channel,
+    ):
+        call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Generate(pb.GenerateRequest(**request))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert isinstance(rpc.error_from_rpc(caught.value), Unavailable)
+
+
+async def test_a_next_turn_may_follow_at_once_behind_a_stream_left(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
+        for _ in range(10):
+            request = new_request(max_tokens=1000)
+            call = cluster.stub.Generate(pb.GenerateRequest(**request))
+            await call.read()
+            await call.read()
+            call.cancel()
+            turn = await cluster.generate(**{**request, "request_id": str(uuid.uuid4()), "max_tokens": 3})
+            assert len(turn.tokens) == 3
+
+
+async def test_more_alternatives_than_the_vocabulary_has_are_repeated_as_they_were(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "MAX_TOP_LOG_PROBS", 300)
+    request = new_request(max_tokens=5, log_probs=True, num_top_log_probs=300)
+    whole, again = await cluster.generate(**request), await cluster.generate(**request)
+    assert [list(top.token_ids) for response in whole.responses for top in response.top_log_probs] == [
+        list(top.token_ids) for response in again.responses for top in response.top_log_probs
+    ]
+
+
+async def test_nobody_has_received_more_tokens_than_there_can_be(cluster: Cluster) -> None:
+    resume = pb.ResumePoint(num_received_tokens=6, tokens_beyond_durable=[65] * 6)
+    with pytest.raises(InvalidArgument) as caught:
+        await cluster.generate(**new_request(max_tokens=5, resume=resume))
+    assert caught.value.field == "resume.num_received_tokens"
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+@pytest.mark.parametrize("method", ["COUPLED", "REJECTION"])
+async def test_the_lowest_and_the_highest_seed_work_and_are_kept_on_resume(
+    cluster: Cluster, seed: int, method: str
+) -> None:
+    number = sampling_pb2.VerificationMethod.Value(f"VERIFICATION_METHOD_{method}")
+    sampling = sampling_pb2.SamplingParams(temperature=1.0, seed=seed)
+    request = new_request(max_tokens=12, sampling=sampling, verification=number)
+    whole = await cluster.generate(**request)
+    again = await cluster.generate(**request)
+    assert whole.started.seed == again.started.seed == seed
+    assert whole.tokens == again.tokens
+    assert (await cluster.generate(**{**request, "session_id": "", "num_draft_tokens": 0})).tokens == whole.tokens
+
+
+async def test_a_seed_that_was_drawn_is_kept_on_resume(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
+        request = new_request(max_tokens=60, sampling=sampling_pb2.SamplingParams(temperature=1.0))
+        call = cluster.stub.Generate(pb.GenerateRequest(**request))
+        started, first = (await call.read()).started, await call.read()
+        call.cancel()
+        coordinator = cluster.coordinator.coordinator
+        assert await wait_until(lambda: coordinator.num_running == 0, 1.0)
+        rest = await cluster.generate(**request, resume=pb.ResumePoint(num_received_tokens=len(first.token_ids)))
+        assert rest.started.seed == started.seed
+        sampling = sampling_pb2.SamplingParams(temperature=1.0, seed=started.seed)
+        whole = await cluster.generate(**new_request(max_tokens=60, sampling=sampling))
+        assert [*first.token_ids, *rest.tokens] == whole.tokens
+
+
+async def test_many_resumes_at_once_leave_one_stream_and_one_generation(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
+        request = new_request(max_tokens=80)
+        results = await asyncio.gather(*[cluster.generate(**request) for _ in range(12)], return_exceptions=True)
+        whole = [result for result in results if not isinstance(result, BaseException)]
+        reasons = {getattr(result, "reason", "") for result in results if isinstance(result, BaseException)}
+        assert whole
+        assert reasons <= {"OWNERSHIP_LOST", "SESSION_BUSY"}
+        assert len({tuple(result.tokens) for result in whole}) == 1
+        engines = [worker.engine for worker in (cluster.target, cluster.draft) if worker]
+        assert await wait_until(lambda: all(engine.load.num_sequences == 0 for engine in engines), 1.0)
+
+
+async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_sequences(
+    start_cluster: StartCluster,
+) -> None:
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with (
+        start_cluster(max_unread_tokens=16, slow_client_s=60.0) as cluster,
+        grpc.aio.insecure_channel(f"127.0.0.1:{cluster.coordinator.port}", options=narrow) as channel,
+    ):
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        call = stub.Generate(pb.GenerateRequest(**new_request(max_tokens=30_000, num_draft_tokens=0)))
+        await call.read()
+        await asyncio.sleep(2.0)
+        engine = cluster.target.engine
+        assert engine.load.num_sequences == 1
+        call.cancel()
+        assert await wait_until(lambda: engine.load.num_sequences == 0, 1.0)

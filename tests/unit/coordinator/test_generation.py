@@ -1,0 +1,99 @@
+"""How a generation ends; what it does while it runs is tested with whole clusters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from services.common.errors import Aborted, OutriderError
+from services.common.session_store import Commit
+from services.common.values import FinishReason, SamplingParams, VerificationMethod
+from services.coordinator.committer import Committer, Journal
+from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.output import Chunk, Output
+from services.coordinator.plan import GenerationPlan
+from services.coordinator.statistics import StatisticsCollector
+from services.coordinator.tokenizer import SimulatedTokenizer
+from services.coordinator.trim import EndRules, Trimmer
+from services.coordinator.worker_link import TARGET_CODEC, WorkerLink
+
+TAKEN_OVER = Aborted("OWNERSHIP_LOST", "taken over")
+
+
+class SlowStore:
+    """Stores commits once it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+
+    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+        await self.may_answer.wait()
+        return [None] * len(commits)
+
+
+def new_generation(committer: Committer, output: Output, finish: FinishReason | None = None) -> Generation:
+    plan = GenerationPlan(
+        session_id="s",
+        lease_epoch=1,
+        prompt_len=1,
+        max_len=10,
+        end_token_ids=frozenset(),
+        sampling=SamplingParams(),
+        verification=VerificationMethod.COUPLED,
+        num_draft_tokens=0,
+        log_probs=False,
+        num_top_log_probs=0,
+        vocab_size=257,
+    )
+    text = SimulatedTokenizer().text_stream(include_special_tokens=False, context=())
+    trimmer = Trimmer(EndRules(frozenset(), frozenset(), (), 1), text)
+    if finish:
+        trimmer.trim((65,), ())
+    return Generation(
+        plan,
+        [1, 65],
+        links=Links(WorkerLink("127.0.0.1:1", TARGET_CODEC), None),
+        trimmer=trimmer,
+        journal=Journal(committer, "s", 1, 2),
+        output=output,
+        statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
+        timeouts=Timeouts(1.0, 1.0, 1.0),
+        finish=finish,
+    )
+
+
+async def chunks_of(output: Output) -> list[Chunk]:
+    return [chunk async for chunk in output]
+
+
+@pytest.mark.parametrize("error", [TAKEN_OVER, None])
+async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
+    output = Output(max_unread_tokens=16, slow_client_s=1.0)
+    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output)
+    generation.start()
+    await generation.stop(error)
+    async with asyncio.timeout(1):
+        if error:
+            with pytest.raises(Aborted):
+                await chunks_of(output)
+        else:
+            assert (await chunks_of(output))[-1].finish is FinishReason.CLOSED
+
+
+async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_is() -> None:
+    store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
+    committer = Committer(store, retry_s=0.1)
+    committer.start()
+    generation = new_generation(committer, output, FinishReason.LENGTH)
+    generation.start()
+    await asyncio.sleep(0.01)
+    waiting = asyncio.create_task(generation.stop(TAKEN_OVER))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    store.may_answer.set()
+    async with asyncio.timeout(1):
+        assert (await chunks_of(output))[-1].finish is FinishReason.LENGTH
+    await committer.aclose()
