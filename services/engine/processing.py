@@ -36,6 +36,9 @@ _FIRST_SORT_LEN = 512
 _MIN_TEMPERATURE = 1e-37
 """Where float32 still divides by it."""
 
+_MAX_SCORE = 1e30
+"""What the repetition penalty leaves: a penalty near 0 would leave float32, and a row with an infinity has no softmax."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -133,7 +136,7 @@ def _penalise(scores: Tensor, rows: list[Row], penalised: list[int]) -> None:
         np.repeat([p.frequency_penalty for p in params], lens),
     )
     values = scores[at]
-    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = torch.where(values > 0, values / repetition, values * repetition).clamp(-_MAX_SCORE, _MAX_SCORE)
     scores[at] = values - presence * (count > 0) - frequency * count
 
 

@@ -123,6 +123,17 @@ def test_a_tiny_temperature_leaves_the_best_token():
     assert scores.exp().tolist() == [[0.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3, "top_p": 0.5, "min_p": 0.5}])
+def test_the_smallest_repetition_penalty_leaves_a_distribution(temperature, limits):
+    sampling = SamplingParams(temperature=temperature, repetition_penalty=1e-45, **limits)
+    scores = process(
+        10 * torch.randn(1, 8, generator=torch.Generator().manual_seed(1)), [Row(sequence([1, 2], sampling))]
+    )
+    assert not scores.isnan().any()
+    assert torch.isfinite(scores.amax())
+
+
 def test_ids_that_the_model_does_not_have_are_skipped():
     sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=((9, 1.0),), min_tokens=5)
     seq = sequence([8, 1], sampling, eos=frozenset({7, 2}))
