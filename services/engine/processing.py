@@ -37,7 +37,7 @@ _MIN_TEMPERATURE = 1e-37
 """Where float32 still divides by it."""
 
 _MAX_SCORE = 1e30
-"""What the repetition penalty leaves: a penalty near 0 would leave float32, and a row with an infinity has no softmax."""
+"""What the repetition penalty leaves: one near 0 would leave float32, and a row with an infinity has no softmax."""
 
 
 @dataclass(frozen=True, slots=True)
