@@ -6,11 +6,11 @@ Must not know: torch, or anything of the services but their flags and ready line
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from services.cli.failure import CommandFailed
-from services.cli.processes import Process, tethered
+from services.cli.processes import Process, output_of
+from services.cli.vocabulary import check_pair
 
 SIMULATED = "simulated"
 DRAFTERS = ("ngram", "model", "simulated")
@@ -28,6 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _HOST = "127.0.0.1"
 _REDIS_TIMEOUT_S, _WORKER_TIMEOUT_S, _COORDINATOR_TIMEOUT_S = 10.0, 300.0, 30.0
 _STOP_S = 3.0
+_PREPARE_STOP_S = 5.0
 _DRAIN_S = "0.5"
 _MAX_SOCKET_PATH_LEN = 100
 
@@ -120,8 +122,11 @@ class Cluster:
 
     def _start(self) -> None:
         spec = self._spec
+        check_ports(spec.coordinator_port, spec.draft_port, spec.target_port)
         target = prepare_model(spec.target)
         draft = prepare_model(spec.draft) if spec.drafter == "model" else None
+        if spec.drafter != "ngram":
+            check_pair(target.directory, draft.directory if draft else SIMULATED)
         threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
@@ -167,6 +172,18 @@ class Cluster:
             shutil.rmtree(self._dir, ignore_errors=True)
 
 
+def check_ports(*ports: int) -> None:
+    """Raises CommandFailed naming the first port that is taken, before anything is loaded; 0 is always free."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, port))
+            except OSError as error:
+                hint = " (is another `outrider up` running?)" if error.errno == errno.EADDRINUSE else ""
+                raise CommandFailed(f"cannot listen on {_HOST}:{port}: {error.strerror}{hint}") from None
+
+
 def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[str]:
     flags = _worker_flags(spec, spec.target_port, model, threads)
     if spec.target == SIMULATED:
@@ -210,10 +227,9 @@ def prepare_model(model: str) -> PreparedModel:
     """
     if model == SIMULATED:
         return PreparedModel(SIMULATED, SIMULATED)
-    command = tethered([sys.executable, "-P", "-m", "services.engine.prepare", "--json", model])
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    output = output_of([sys.executable, "-P", "-m", "services.engine.prepare", "--json", model], _PREPARE_STOP_S)
     try:
-        prepared = json.loads(done.stdout)
+        prepared = json.loads(output)
         return PreparedModel(prepared["directory"], prepared["name"])
     except (ValueError, KeyError, TypeError):
         raise CommandFailed(f"the model {model!r} could not be prepared; the reason stands above") from None

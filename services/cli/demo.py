@@ -20,7 +20,7 @@ from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import cluster_options
 from services.cli.prompts import Conversation, load_prompts
-from services.cli.terminal import is_coloured, legend, notices, results, write_text
+from services.cli.terminal import Stages, is_coloured, legend, notices, results, write_text
 from services.client import Chat, GenerateOptions, OutriderClient, Result
 from services.common.errors import OutriderError
 
@@ -53,8 +53,8 @@ def demo(max_tokens: int, spec: ClusterSpec) -> None:
     """
     console = notices()
     started = time.monotonic()
-    with console.status("starting") as status, Cluster(spec, status.update) as cluster:
-        status.stop()
+    with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
+        stages.stop()
         console.print(f"[dim]coordinator, draft and target are ready after {time.monotonic() - started:.1f} s[/dim]")
         try:
             comparisons = asyncio.run(_compare_all(cluster.address, max_tokens))

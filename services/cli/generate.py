@@ -42,7 +42,7 @@ _UINT64 = click.IntRange(0, 2**64 - 1)
 @click.option("--system", help="System message.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @click.option("--model", default="", help="Model name; needed only where several are served.")
-@click.option("--log-probs", is_flag=True, help="Return each token's log-probability (in --json).")
+@click.option("--log-probs", is_flag=True, help="Each token's log-probability; needs --json.")
 @address_option()
 @json_option
 def generate(
@@ -63,6 +63,8 @@ def generate(
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template; it cannot be used with --raw")
+    if sampling["log_probs"] and not as_json:
+        raise click.UsageError("--log-probs needs --json, which prints them")
     text = _read_prompt(prompt)
     if not text:
         raise click.UsageError("the PROMPT is empty")

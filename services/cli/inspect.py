@@ -16,7 +16,7 @@ from rich.table import Table
 
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import address_option, json_option
-from services.cli.terminal import results
+from services.cli.terminal import results, whole
 from services.client import OutriderClient, SessionRecord
 from services.common.errors import OutriderError
 
@@ -43,13 +43,12 @@ def models(address: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(model) for model in served]))
         return
-    table = Table("model", "drafter", "draft model", "vocabulary", "longest sequence", "ready")
+    table = Table(whole("model"), whole("drafter"), "vocabulary", "longest sequence", "ready")
     for model in served:
         ready = "yes" if model.ready else "no"
         table.add_row(
             model.name,
-            model.drafter or "none",
-            model.draft_model or "-",
+            " ".join(part for part in (model.drafter, model.draft_model) if part) or "none",
             str(model.vocab_size),
             str(model.max_sequence_len),
             ready,
@@ -85,7 +84,7 @@ def close(session_id: str, address: str) -> None:
 
 
 def _print_record(record: SessionRecord) -> None:
-    table = Table(show_header=False)
+    table = Table("", whole(""), show_header=False)
     state = "running" if record.running else record.finish_reason.value if record.finish_reason else "cut off"
     table.add_row("session", record.session_id)
     table.add_row("last request", record.request_id)

@@ -19,6 +19,12 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 METHODS = tuple(method.value for method in VerificationMethod)
 
 
+def _stated(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty; name a coordinator as host:port", context, parameter)
+    return value
+
+
 def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinator to use.") -> Callable[[F], F]:
     return click.option(
         "--address",
@@ -26,6 +32,7 @@ def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinat
         default=default,
         show_default=default is not None,
         show_envvar=True,
+        callback=_stated,
         help=help,
     )
 

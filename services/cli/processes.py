@@ -37,6 +37,22 @@ def tethered(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command]
 
 
+def output_of(command: Sequence[str], stop_s: float) -> str:
+    """Runs `command` to its end and returns its standard output; the rest of it shares this terminal.
+
+    If this process is interrupted meanwhile, the command gets SIGTERM and `stop_s` to remove what it left half done.
+    """
+    with subprocess.Popen(tethered(command), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            return process.communicate()[0]
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(stop_s)
+            process.kill()
+            raise
+
+
 class Process:
     """A running child. Standard output and error go to `NAME.out` and `NAME.err` in the log directory."""
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from typing import TextIO
+from typing import Self, TextIO
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from services.client import Chunk
 from services.common.values import TokenOrigin
@@ -29,6 +30,11 @@ def results() -> Console:
 def notices() -> Console:
     """Standard error: progress and remarks."""
     return Console(stderr=True, highlight=False)
+
+
+def whole(header: str) -> Column:
+    """A table's column for what people copy, such as names: wrapped where there is no room, never shortened."""
+    return Column(header, overflow="fold")
 
 
 def is_coloured(stream: TextIO | None = None) -> bool:
@@ -61,6 +67,36 @@ def legend() -> str:
     draft = click.style("accepted from the draft", fg=_COLOURS[TokenOrigin.DRAFT])
     target = click.style("the target's own", fg=_COLOURS[TokenOrigin.TARGET])
     return f"{draft}  {target}"
+
+
+class Stages:
+    """What a start waits for, each with a running bar and its time; gone when the block ends or `stop` is called.
+
+    Nothing is shown before the first stage, so that what runs before may draw bars of its own.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def show(self, stage: str) -> None:
+        """Goes on to `stage`."""
+        if not self._progress.console.is_terminal:
+            return
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._progress.add_task(stage, total=None)
+        self._progress.start()
+
+    def stop(self) -> None:
+        if self._progress.live.is_started:  # else rich writes an empty line
+            self._progress.stop()
 
 
 def progress_bar(console: Console) -> Progress:

@@ -15,7 +15,7 @@ import click
 from services.cli.cluster import Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
 from services.cli.options import cluster_options, json_option
-from services.cli.terminal import notices, results
+from services.cli.terminal import Stages, notices, results
 
 _WATCH_S = 0.2
 _PORT = click.IntRange(0, 65_535)
@@ -51,8 +51,8 @@ def up(
         num_draft_tokens=num_draft_tokens,
     )
     console = notices()
-    with console.status("starting") as status, Cluster(spec, status.update) as cluster:
-        status.stop()
+    with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
+        stages.stop()
         addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
         if as_json:
             click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses}))

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,18 @@ def setup_logging(level: str) -> None:
 def announce_ready(service: str, port: int, **more: str | int | float) -> None:
     """One JSON object on one line of standard output: {"event": "ready", "service": ..., "port": ...}."""
     print(json.dumps({"event": "ready", "service": service, "port": port, **more}), flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the process there and then: nothing is served yet, and a load on a thread can't be cut."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: os._exit(128 + number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -145,15 +145,21 @@ class SessionStore:
 
     @classmethod
     def connect(cls, url: str, owner_id: str, *, idle_s: int, tombstone_s: int, timeout_s: float = 2.0) -> SessionStore:
-        """Opens no connection yet; each operation does when it needs one, and gives up after `timeout_s`."""
-        redis = Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="outrider",
-        )
+        """Opens no connection yet; each operation does when it needs one, and gives up after `timeout_s`.
+
+        Raises ConfigError for a `url` of no known form.
+        """
+        try:
+            redis = Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+                client_name="outrider",
+            )
+        except ValueError as error:
+            raise ConfigError(f"redis_url: {error}") from error
         return cls(redis, owner_id, idle_s=idle_s, tombstone_s=tombstone_s)
 
     @property

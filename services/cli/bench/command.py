@@ -25,7 +25,7 @@ from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import address_option, cluster_options, decode_options
 from services.cli.prompts import OWN_PROMPTS, Conversation, load_prompts, spread
-from services.cli.terminal import notices, results
+from services.cli.terminal import Stages, notices, results
 from services.client import GenerateOptions
 from services.common.errors import OutriderError
 from services.common.values import DEFAULT_NUM_DRAFT_TOKENS, VerificationMethod
@@ -50,7 +50,7 @@ class Where(NamedTuple):
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens a request.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many prompts, spread over the categories.")
 @click.option(
-    "--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Closed loop: so many at a time."
+    "--concurrency", type=click.IntRange(min=1), help="Closed loop: so many conversations at a time.  [default: 1]"
 )
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Open loop: conversations a second, Poisson.")
 @click.option(
@@ -99,7 +99,7 @@ def bench(
     spec: ClusterSpec,
     overhead: bool,
     json_file: Path | None,
-    concurrency: int,
+    concurrency: int | None,
     rate: float | None,
     seed: int,
     raw: bool,
@@ -111,6 +111,9 @@ def bench(
     requests alternate, so that a noisy machine treats both alike. With a simulated cluster the measured speed-up is
     shown beside the formula's. Ends with status 1 if a request failed.
     """
+    if rate is not None and concurrency is not None:
+        raise click.UsageError("--rate is an open loop, --concurrency a closed one; give one of them")
+    _check_writable(json_file)
     options = GenerateOptions(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -118,7 +121,7 @@ def bench(
         num_draft_tokens=num_draft_tokens,
         ignore_eos=ignore_eos,
     )
-    plan = LoadPlan(options, _MODES[mode], concurrency, rate, seed, raw, all_turns, warmup)
+    plan = LoadPlan(options, _MODES[mode], concurrency or 1, rate, seed, raw, all_turns, warmup)
     conversations = spread(load_prompts(prompts), limit)
     try:
         if overhead:
@@ -147,8 +150,8 @@ def _run(where: Where, plan: LoadPlan, conversations: tuple[Conversation, ...]) 
     console = notices()
     if where.address is not None:
         return asyncio.run(run_load(where.address, conversations, plan, console))
-    with console.status("starting") as status, Cluster(where.spec, status.update) as cluster:
-        status.stop()
+    with Stages(console) as stages, Cluster(where.spec, stages.show) as cluster:
+        stages.stop()
         pid = cluster.pid_of("coordinator")
         return asyncio.run(run_load(cluster.address, conversations, plan, console, pid))
 
@@ -179,6 +182,17 @@ def _bench_overhead(plan: LoadPlan, conversation: Conversation, json_file: Path 
         raise CommandFailed(f"{fields['failed_requests']} requests failed")
 
 
+def _check_writable(json_file: Path | None) -> None:
+    """Raises CommandFailed before anything is measured, rather than lose the report."""
+    if json_file is None or json_file == Path("-"):
+        return
+    try:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.open("a").close()
+    except OSError as error:
+        raise CommandFailed(f"cannot write {json_file}: {error.strerror}") from None
+
+
 def _write_json(json_file: Path | None, fields: dict[str, object]) -> None:
     if json_file is None:
         return
@@ -186,5 +200,4 @@ def _write_json(json_file: Path | None, fields: dict[str, object]) -> None:
     if json_file == Path("-"):
         click.echo(text)
         return
-    json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(text + "\n")

@@ -22,6 +22,7 @@ from services.cli.bench.show import number
 from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
 from services.cli.prompts import Conversation
+from services.cli.terminal import Stages
 
 NUM_SESSIONS = (1, 64)
 _NUM_REPEATS = 3
@@ -47,8 +48,8 @@ def measure_overhead(plan: LoadPlan, conversation: Conversation, console: Consol
     )
     blocks: dict[int, list[Block]] = {count: [] for count in NUM_SESSIONS}
     cpu_per_round: dict[int, list[float]] = {count: [] for count in NUM_SESSIONS}
-    with console.status("starting") as status, Cluster(spec, status.update) as cluster:
-        status.stop()
+    with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
+        stages.stop()
         for _ in range(_NUM_REPEATS):
             for count in NUM_SESSIONS:
                 once = dataclasses.replace(plan, modes=(Mode.SPECULATIVE,), concurrency=count)
@@ -68,7 +69,7 @@ def cpu_ratio(reports: Sequence[OverheadReport]) -> float:
 
 
 def print_overhead(reports: Sequence[OverheadReport], console: Console) -> None:
-    table = Table("sessions", "rounds", "failed", "coordinator CPU ms a round", "overhead ms p50 / p99", "tokens/s")
+    table = Table("sessions", "rounds", "failed", "CPU ms a round", "overhead ms p50 / p99", "tokens/s")
     for report in reports:
         table.add_row(
             str(report.num_sessions),

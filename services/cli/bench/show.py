@@ -13,6 +13,7 @@ from rich.table import Table
 
 from services.cli.bench.machine import Environment
 from services.cli.bench.report import FormulaCheck, ModeReport, Percentiles, Report
+from services.cli.terminal import whole
 
 JsonObject = dict[str, object]
 
@@ -99,7 +100,7 @@ def _percentiles(mode: ModeReport | None, name: str) -> str:
 
 
 def _category_table(report: Report) -> Table:
-    table = Table("category", "requests", "speed-up", "acceptance rate", "mean length", "identical")
+    table = Table(whole("category"), "requests", "speed-up", "acceptance", "length", "identical")
     for category, part in report.categories.items():
         identical = "-" if part.num_identical_outputs is None else str(part.num_identical_outputs)
         table.add_row(

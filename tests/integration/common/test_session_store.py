@@ -196,3 +196,9 @@ async def test_an_unreachable_server_is_unavailable(operation: Callable[[Session
         await operation(store)
     assert caught.value.reason == "STORE_UNAVAILABLE"
     await store.aclose()
+
+
+@pytest.mark.parametrize("url", ["garbage", "http://localhost", "redis://localhost:port"])
+async def test_a_url_of_no_known_form_names_the_setting(url: str) -> None:
+    with pytest.raises(ConfigError, match="redis_url"):
+        SessionStore.connect(url, "one", idle_s=60, tombstone_s=600)

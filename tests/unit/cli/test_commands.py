@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 
 import click
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from services.cli import failure, terminal
 from services.cli.main import main
@@ -115,7 +118,10 @@ def test_an_unreachable_coordinator_is_said_so(capsys):
         ["generate", ""],
         ["generate", "hi", "--raw", "--system", "x"],
         ["generate", "hi", "--num-draft-tokens", "17"],
+        ["generate", "hi", "--log-probs"],
+        ["generate", "hi", "--address", ""],
         ["bench", "--mode", "fast"],
+        ["bench", "--rate", "2", "--concurrency", "2"],
         ["serve", "nothing"],
     ],
 )
@@ -139,6 +145,21 @@ def test_bench_measures_a_running_coordinator(address, tmp_path, capsys):
     report = json.loads(file.read_text())
     assert (report["num_requests"], report["failed_requests"], report["num_identical_outputs"]) == (3, 0, 3)
     assert "speed-up" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_report_that_cannot_be_written_before_it_measures(address, fake, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run("bench", "--address", address, "--json", str(tmp_path / "file" / "report.json")) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert fake.requests == []
+
+
+def test_tables_never_shorten_what_people_copy(capsys):
+    name = "a-model-with-a-name-longer-than-its-column"
+    table = Table(terminal.whole("model"), show_header=False)
+    table.add_row(name)
+    Console(width=30).print(table)
+    assert "".join(c for c in capsys.readouterr().out if c.isalpha() or c == "-") == name
 
 
 def test_bench_with_failures_has_status_1_and_still_reports(address, fake, tmp_path):
@@ -177,9 +198,19 @@ def test_errors_say_whether_trying_again_helps():
     assert "later may help" in failure.describe(Unavailable("NO_TARGET", "no target"))
 
 
+def test_an_interrupt_while_the_commands_are_imported_is_silent(tmp_path):
+    (tmp_path / "click.py").write_text("import time; print('importing', flush=True); time.sleep(30)")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from services.cli.main import main; main([])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=10)
+    assert (process.returncode, error) == (-signal.SIGINT, b"")
+
+
 def test_the_command_never_loads_torch_or_a_service():
-    code = (
-        "import sys, services.cli.main; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers')])"
-    )
+    heavy = "m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers')"
+    code = f"import sys, services.cli.commands; print([{heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -87,6 +87,27 @@ def test_what_a_process_started_is_stopped_with_it(tmp_path):
     wait_gone(pid)
 
 
+def test_an_interrupted_command_may_clean_up(tmp_path):
+    half_done = tmp_path / "half done"
+    child = (
+        f"import pathlib, signal, sys, time; file = pathlib.Path({str(half_done)!r}); file.touch()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.4), file.unlink(), sys.exit()))\n"
+        "print('x', file=sys.stderr, flush=True); time.sleep(60)"
+    )
+    code = (
+        "import sys; from services.cli.processes import output_of\n"
+        f"try: output_of([sys.executable, '-c', {child!r}], 5.0)\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        assert half_done.exists()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert not half_done.exists()
+
+
 def test_a_child_dies_with_a_parent_that_is_killed(tmp_path):
     code = (
         "import os, pathlib, sys, time\n"

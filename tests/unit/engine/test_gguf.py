@@ -150,9 +150,10 @@ def test_the_tokenizer_spells_as_before_and_keeps_the_chat_template(
     assert chat == "user: hi\n"
 
 
-def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"GGUF" + bytes(100), b"GGUFxxxx", b""])
+def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path, content: bytes) -> None:
     source = tmp_path / "broken.gguf"
-    source.write_bytes(b"GGUF" + bytes(100))
+    source.write_bytes(content)
     with pytest.raises(ModelUnsupported, match=r"broken\.gguf cannot be converted"):
         convert_gguf(source, tmp_path / "out", QUIET)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.gguf"]

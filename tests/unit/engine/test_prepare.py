@@ -123,6 +123,16 @@ def test_an_interrupted_conversion_leaves_no_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, wheel: Wheel) -> None:
+    models = tmp_path / "models"
+    left = [f".{prepare.SAMPLE_NAME}.abcd_123", f".{prepare.SAMPLE_NAME}.download.abcd_123"]
+    others = [f".{prepare.SAMPLE_NAME}.Q4_1-0123456789ab.abcd_123", f"{prepare.SAMPLE_NAME}.Q4_1-0123456789ab"]
+    for name in [*left, *others]:
+        (models / name).mkdir(parents=True)
+    resolve_model("sample", tmp_path, QUIET)
+    assert {entry.name for entry in models.iterdir() if entry.is_dir()} == {prepare.SAMPLE_NAME, *others}
+
+
 def test_a_gguf_file_is_converted_anew_only_when_it_changes(tmp_path: Path, wheel: Wheel) -> None:
     file = tmp_path / "own.gguf"
     file.write_bytes(b"one")

@@ -1,0 +1,33 @@
+"""Whether two models share their vocabulary, told from their directories before anything is loaded.
+
+Owns: that comparison, by the digest that coordinator and workers compare too. Must not know: how models are run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from services.cli.failure import CommandFailed
+from services.common.vocab import simulated_vocab, vocab_digest
+
+
+def digest_of(directory: str) -> str:
+    """The vocabulary digest of a model's directory, or of `simulated`. Raises CommandFailed where it is unreadable."""
+    if directory == "simulated":
+        return vocab_digest(simulated_vocab())
+    file = Path(directory) / "tokenizer.json"
+    try:
+        return vocab_digest(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+    except Exception as error:  # the library raises nothing more specific
+        raise CommandFailed(f"cannot read {file}: {error}") from None
+
+
+def check_pair(target: str, draft: str) -> None:
+    """Raises CommandFailed if a draft's proposals would mean nothing to the target. Both are directories."""
+    if target != draft and digest_of(target) != digest_of(draft):
+        raise CommandFailed(
+            f"the draft {Path(draft).name} and the target {Path(target).name} differ in vocabulary: they cannot work "
+            "together; --drafter ngram needs no draft model"
+        )
