@@ -240,9 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Unwinds, so that what is half done is removed; further signals would only break that off."""
+    """Unwinds, so that what is half done is removed; further signals would only break that off.
+
+    They are heard and dropped: Python complains of a signal under way when its handler becomes SIG_IGN.
+    """
     for other in _STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, lambda number, frame: None)
     sys.exit(128 + number)
 
 
