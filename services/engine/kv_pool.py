@@ -57,6 +57,10 @@ class KvPool:
         self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values themselves, (num_blocks, block_size, heads, dim) each."""
+        return self._keys[layer], self._values[layer]
+
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores (tokens, heads, dim) at `slots` (tokens,), whatever stood there before."""
         self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)

@@ -13,11 +13,12 @@ import torch
 
 from services.common.values import ModelInfo
 from services.engine import digest
+from services.engine.compiled import compile_blocks
 from services.engine.kv_pool import num_blocks_within
-from services.engine.model_runner import ModelRunner
 from services.engine.models import load_model, torch_device, torch_dtype
 from services.engine.prepare import display_name, resolve_model
 from services.engine.progress import Reporter
+from services.engine.runners import Runner, make_runner
 from services.engine.self_check import self_check
 from services.engine.step import DraftModel, Sampled, TargetModel, Verdict, Work
 
@@ -48,13 +49,17 @@ class EngineOptions:
     kv_memory_bytes: int = 1 << 30
     block_size: int = 16
     num_threads: int = 0
+    cuda_graph_rows: int = 512
+    """On CUDA: the largest step that is replayed from a graph, in tokens; 0 records none."""
+    compile: bool = False
+    """Compile norms and MLPs."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagedEngine:
     """A loaded, checked model over its pool, and what its worker must know of it."""
 
-    runner: ModelRunner
+    runner: Runner
     info: ModelInfo
     eos_token_ids: frozenset[int]
     max_sequence_len: int
@@ -78,9 +83,12 @@ def load_engine(options: EngineOptions, reporter: Reporter) -> PagedEngine:
     model = load_model(directory, dtype, device, reporter)
     with reporter.task("Checking the paged attention against the model's own"):
         difference = self_check(model, options.block_size)
+    if options.compile:
+        compile_blocks(model.module)
     num_blocks = options.num_blocks or num_blocks_within(
         options.kv_memory_bytes, model.layer_shapes, options.block_size, dtype
     )
+    runner = make_runner(model, num_blocks, options.block_size, options.cuda_graph_rows, reporter)
     info = ModelInfo(
         name=options.name or display_name(options.model),
         digest=digest.model_digest(directory),
@@ -90,7 +98,7 @@ def load_engine(options: EngineOptions, reporter: Reporter) -> PagedEngine:
         device=options.device,
     )
     return PagedEngine(
-        runner=ModelRunner(model, num_blocks, options.block_size),
+        runner=runner,
         info=info,
         eos_token_ids=model.eos_token_ids,
         max_sequence_len=model.max_sequence_len,

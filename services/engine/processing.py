@@ -29,6 +29,7 @@ from torch import Tensor
 from services.common.values import SamplingParams
 from services.engine.sequence import Sequence
 from services.engine.step import Work
+from services.engine.transfer import to_device
 
 _FIRST_SORT_LEN = 512
 """Highest scores that a host sorts for top-p at first; almost always they are enough."""
@@ -79,7 +80,7 @@ def process(logits: Tensor, rows: list[Row]) -> Tensor:
     params = [rows[r].sampling for r in sampled]
     if len(sampled) == len(rows):
         return _distribution(scores, params)
-    at = torch.tensor(sampled, device=logits.device)
+    at = to_device(np.array(sampled), logits.device)
     return scores.index_copy(0, at, _distribution(scores[at], params))
 
 
@@ -118,8 +119,8 @@ def _entries(
 ) -> tuple[Entries, list[Tensor]]:
     """Index of the entries (row, id) that `scores` has, and the float32 columns beside them, on its device."""
     known = ids < scores.shape[1]
-    at = torch.from_numpy(rows[known]).to(scores.device), torch.from_numpy(ids[known]).to(scores.device)
-    return at, [torch.from_numpy(column[known].astype(np.float32)).to(scores.device) for column in columns]
+    at = to_device(rows[known], scores.device), to_device(ids[known], scores.device)
+    return at, [to_device(column[known].astype(np.float32), scores.device) for column in columns]
 
 
 def _penalise(scores: Tensor, rows: list[Row], penalised: list[int]) -> None:
@@ -170,7 +171,7 @@ def _distribution(scores: Tensor, params: list[SamplingParams]) -> Tensor:
     vocab_size = scores.shape[1]
     limited = [r for r, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1.0]
     if limited:
-        at = torch.tensor(limited, device=scores.device)
+        at = to_device(np.array(limited), scores.device)
         kept = _keep_highest(scores[at], [params[r] for r in limited])
         scores = scores.index_copy(0, at, kept)
     if any(p.min_p > 0.0 for p in params):
@@ -180,7 +181,7 @@ def _distribution(scores: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return to_device(np.array(values, dtype=np.float32), like.device)[:, None]
 
 
 def _keep_highest(scores: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -204,8 +205,8 @@ def _count_highest(scores: Tensor, top_k: list[int], top_p: list[float]) -> tupl
     device, vocab_size, sort_len = scores.device, scores.shape[1], max(top_k)
     if device.type == "cpu" and sort_len > _FIRST_SORT_LEN:
         sort_len = max([_FIRST_SORT_LEN, *(k for k in top_k if k < vocab_size)])
-    limit = torch.tensor(top_k, device=device)[:, None]
-    share = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
+    limit = to_device(np.array(top_k), device)[:, None]
+    share = to_device(np.array(top_p, dtype=np.float64), device)[:, None]
     peak = scores.amax(dim=1, keepdim=True).double()
     whole = (scores.double() - peak).exp().sum(dim=1, keepdim=True)
     while True:

@@ -13,9 +13,9 @@ import torch
 from services.common.errors import ModelUnsupported
 from services.common.items import Identity, Open
 from services.common.values import Proposal, SamplingParams, VerificationMethod
-from services.engine.model_runner import ModelRunner
 from services.engine.models import CausalModel
 from services.engine.paged_attention import IMPLEMENTATION
+from services.engine.runners import make_runner
 from services.engine.sequence import Sequence
 from services.engine.step import Work
 
@@ -84,7 +84,7 @@ def _own_logits(model: CausalModel, text: list[int]) -> torch.Tensor:
 def _paged_logits(model: CausalModel, texts: list[list[int]], block_size: int) -> list[tuple[int, int, torch.Tensor]]:
     """Feeds the texts by SCRIPT; returns (sequence, position, logits (vocab_size,)) of the rows with a reference."""
     counts = [-(-len(text) // block_size) for text in texts]
-    runner = ModelRunner(model, 1 + sum(counts), block_size)
+    runner = make_runner(model, 1 + sum(counts), block_size, max_graph_tokens=sum(LENGTHS))
     sequences = [_open(text[:1]) for text in texts]
     # Tables that are neither ascending nor contiguous: block 0 stays padding, the sequences' blocks alternate.
     free = list(range(sum(counts), 0, -1))
@@ -98,7 +98,7 @@ def _paged_logits(model: CausalModel, texts: list[list[int]], block_size: int) -
         logits = torch.split(runner.forward(works), [feed.num_rows for feed in feeds])
         for feed, rows in zip(feeds, logits, strict=True):
             for row in range(min(1, feed.num_rows) if feed.wrong else feed.num_rows):
-                found.append((feed.sequence, feed.end - 1 + row, rows[row]))
+                found.append((feed.sequence, feed.end - 1 + row, rows[row].clone()))
             sequences[feed.sequence].num_cached = feed.end
     return found
 
