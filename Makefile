@@ -49,6 +49,12 @@ bench-simulated: setup ## Speed-up against the formula, overhead a round, plain 
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
 
+bench-gpu: setup ## On one GPU: steps, rates and the memory's limit, transformers beside it (bench/results/gpu.json, gpu.png)
+	$(BIN)/python -m bench.gpu $(ARGS)
+
+test-gpu: setup ## Tests that need a CUDA device, and the kernels compiled for it
+	$(BIN)/python -m pytest tests/gpu tests/unit/engine/cuda
+
 lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -77,4 +83,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated test lint check check-exact format clean check-distribution check-mutants
+.PHONY: help stubs setup model demo bench bench-simulated bench-gpu test test-gpu lint check check-exact format clean check-distribution check-mutants

@@ -89,3 +89,41 @@ def test_noise_words_are_bit_identical() -> None:
     for row, (seed, index) in enumerate(zip(seeds, indices, strict=True)):
         host = noise.words(noise.NoiseKeys([seed], [index], noise.Purpose.COUPLED), np.arange(1003))
         np.testing.assert_array_equal(device[row], np.asarray(host).ravel())
+
+
+def load_cuda(directory: Path, cuda_graph_rows: int = 64, compile: bool = False) -> PagedEngine:
+    options = EngineOptions(
+        str(directory), directory, device="cuda", num_blocks=64, cuda_graph_rows=cuda_graph_rows, compile=compile
+    )
+    return load_engine(options, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(seed=11, top_k=20)])
+def test_replayed_steps_give_the_tokens_of_launched_ones(tmp_path: Path, sampling: SamplingParams) -> None:
+    directory = save_model(tmp_path)
+    replayed, launched = (decode(load_cuda(directory, rows), sampling, 30) for rows in (64, 0))
+    assert replayed == launched
+
+
+def test_compiled_blocks_give_the_same_tokens(tmp_path: Path) -> None:
+    directory, sampling = save_model(tmp_path), SamplingParams(temperature=0.0)
+    compiled, plain = (decode(load_cuda(directory, compile=flag), sampling, 30) for flag in (True, False))
+    assert compiled == plain
+
+
+def test_a_model_is_recorded_and_not_silently_launched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    decode(load_cuda(save_model(tmp_path)), SamplingParams(temperature=0.0), 3)
+    assert "runs without CUDA graphs" not in caplog.text
+
+
+@pytest.mark.parametrize("rows", [64, 0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_waits_for_the_device_only_for_its_result(tmp_path: Path, temperature: float, rows: int) -> None:
+    engine = load_cuda(save_model(tmp_path), rows)
+    sampling = SamplingParams(temperature=temperature, seed=3, top_p=0.9, repetition_penalty=1.1)
+    decode(engine, sampling, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(engine, sampling, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

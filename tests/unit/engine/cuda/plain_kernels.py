@@ -35,7 +35,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, position: int, argument
     scores = torch.einsum("rhd,nhd->hrn", query.float(), k) * scale
     if arguments.softcap is not None:
         scores = arguments.softcap * torch.tanh(scores / arguments.softcap)
-    own, other = torch.arange(len(query))[:, None] + position, torch.arange(len(k))[None]
+    other = torch.arange(len(k), device=query.device)[None]
+    own = torch.arange(len(query), device=query.device)[:, None] + position
     visible = other <= own
     if arguments.window is not None:
         visible &= other > own - arguments.window
