@@ -52,7 +52,8 @@ def tile_config(tile_rows: int, fold: int, dim: int, itemsize: int) -> TileConfi
     fold_tile = min(triton.next_power_of_2(fold), max_lines // tile_rows)
     m = max(16, tile_rows * fold_tile)
     n = min(128, max(16, _KEY_BYTES // (dim * itemsize)))
-    return TileConfig(fold_tile, m, n, num_warps=8 if m > 64 else 4, num_stages=2)
+    wide = m > 64 or (itemsize == 4 and dim >= 128)  # float32 is multiplied without tensor cores, from registers
+    return TileConfig(fold_tile, m, n, num_warps=8 if wide else 4, num_stages=3 if m <= 32 else 2)
 
 
 def choose_num_splits(num_programs: int, num_multiprocessors: int) -> int:
