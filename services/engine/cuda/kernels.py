@@ -11,6 +11,7 @@ FlashAttention-2, section 3.1); splits are joined by `join_kernel` (Dao et al. 2
 
 Every split but the used ones is empty: its weight is -inf and its values are neither written nor read.
 
+Index tensors are views whose alignment changes with the step: kernels are not compiled anew for it.
 Operands are converted to DOT before a product: on a device that is their own type; Triton's interpreter, which
 multiplies bfloat16 as integers, needs float32.
 """
@@ -21,7 +22,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def write_kernel(
     keys,  # (blocks * block size, heads, key dim)
     values,  # (blocks * block size, heads, value dim)
@@ -55,7 +56,7 @@ def write_kernel(
     tl.store(values + slot * (NUM_HEADS * VALUE_DIM) + head * VALUE_DIM + dim, value, mask=real)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["tiles", "tables"])
 def attend_kernel(
     query,  # (tokens, heads, key dim), any strides but 1 in the last dimension
     keys,  # (blocks * block size, kv heads, key dim)

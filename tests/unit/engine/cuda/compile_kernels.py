@@ -103,7 +103,8 @@ def _compile(
     num_stages: int,
 ) -> dict[str, object]:
     names = kernel.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    contents = [i for i, name in enumerate(names) if types[name].startswith("*") and types[name] != "*i64"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in contents}
     source = ASTSource(
         kernel,
         {name: types[name] for name in names},
