@@ -45,11 +45,13 @@ class Open:
     log_probs: bool = False
     num_top_log_probs: int = 0
     fork: int = 0
+    cache_salt: bytes = b""
+    """Cached prefixes are shared only between sequences of the same salt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Ends a sequence. Unknown sequences are ignored."""
+    """Ends a sequence, of which `identity.base_len` tokens were committed. Unknown sequences are ignored."""
 
     identity: Identity
 

@@ -241,6 +241,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             log_probs=item.log_probs,
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
+            cache_salt=item.cache_salt,
         )
     )
     return pieces
@@ -302,6 +303,7 @@ class OpenAssembler:
             log_probs=message.log_probs,
             num_top_log_probs=message.num_top_log_probs,
             fork=message.fork,
+            cache_salt=message.cache_salt,
         )
 
 

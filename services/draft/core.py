@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Open, Opened, Propose, Proposed, Refused
 from services.common.values import WorkerLoad
+from services.engine.block_manager import PrefixCacheStats
 from services.engine.drafters.base import Draft, Drafter
 from services.engine.pending import Pending
 from services.engine.sequence import Sequence
@@ -46,7 +47,8 @@ class DraftCore:
               at most num_draft_tokens tokens: fewer behind an end-of-sequence token, before the end of the budget, or
               where the drafter has no more. With 0 it only takes note and is not answered. It may come while an older
               Propose of the sequence is in progress, which is then refused as STALE.
-    Close     ends the sequence and frees its blocks; items in progress are not answered. Unknown ones are ignored.
+    Close     ends the sequence; items in progress are not answered. Unknown ones are ignored. The full blocks of what
+              was committed stay cached while there is room, drafted tokens never do.
 
     A sequence may have fewer tokens here than its budget says: drafts end where `max_sequence_len` is reached.
     """
@@ -89,12 +91,26 @@ class DraftCore:
         self._draining = True
 
     def abandon(self, error: OutriderError) -> Results:
-        """Ends every sequence; refuses what was in progress with `error`."""
-        return [result for slot in self._table.slots for result in self._end(slot, error)]
+        """Ends every sequence; refuses what was in progress with `error`. Nothing stays cached."""
+        results = [result for slot in self._table.slots for result in self._end(slot, error)]
+        if self._drafter.blocks:
+            self._drafter.blocks.forget_cached()
+        return results
 
     @property
     def has_work(self) -> bool:
         return self._drafter.has_work([slot.draft for slot in self._table.slots])
+
+    @property
+    def hold_s(self) -> float:
+        """0: a draft's step is never held."""
+        return 0.0
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Of the drafter's pool; zeros for a drafter without."""
+        blocks = self._drafter.blocks
+        return blocks.prefix_cache_stats if blocks else PrefixCacheStats(0, 0)
 
     @property
     def load(self) -> WorkerLoad:
@@ -153,7 +169,7 @@ class DraftCore:
             )
         older = self._table.get(item.identity.session_id)
         results = self._end(older, Aborted("STALE", "the session has been opened anew")) if older else []
-        slot = _Slot(Draft(new, len(new)), new, connection, opening=Pending(item, arrived_ns))
+        slot = _Slot(Draft(new), new, connection, opening=Pending(item, arrived_ns))
         self._drafter.open(slot.draft)
         self._table.add(slot)
         return results + self._answer(slot, self._clock())
@@ -161,7 +177,7 @@ class DraftCore:
     def _propose(self, connection: int, item: Propose, arrived_ns: int) -> Results:
         slot = self._table.find(item.identity, connection)
         draft = slot.draft
-        check_base_len(item.identity, draft.num_committed + len(item.committed_tokens))
+        check_base_len(item.identity, draft.sequence.num_committed + len(item.committed_tokens))
         self._limits.check_base_len(item.identity)
         self._limits.check_num_draft_tokens("num_draft_tokens", item.num_draft_tokens)
         self._limits.check_token_ids("committed_tokens", item.committed_tokens)

@@ -28,7 +28,8 @@ from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.simulated import simulated_drafter
 from services.engine.engine_thread import EngineThread
-from services.engine.simulated import SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS
+from services.engine.prefix_cache import model_key
+from services.engine.simulated import SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS, simulated_info
 
 MAX_LOOKUP_LEN = 1 << 20
 """Most tokens of a sequence for a drafter without a model."""
@@ -79,7 +80,9 @@ def _drafter(config: DraftConfig) -> tuple[Drafter, int]:
                 raise ConfigError(f"ngram_min: {config.ngram_min} is not between 1 and ngram_max, {config.ngram_max}")
             return NgramDrafter(config.ngram_max, config.ngram_min), MAX_LOOKUP_LEN
         case "simulated":
-            blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
+            blocks = BlockManager(
+                config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info())
+            )
             drafter = simulated_drafter(
                 blocks,
                 token_ms=config.simulated_token_ms,
@@ -96,6 +99,6 @@ def _model_drafter(config: DraftConfig) -> tuple[Drafter, int]:
     from services.engine.sampler import Sampler
 
     engine = engine_of(config)
-    blocks = BlockManager(engine.num_blocks, engine.block_size)
+    blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
     return ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget), max_len

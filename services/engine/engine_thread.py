@@ -1,7 +1,8 @@
 """The thread that owns a worker's device: items of all connections in, results out, one step after the other.
 
 Owns: the queue before the core, the thread, and what happens when the core fails. Must not know: the wire, asyncio,
-torch, what an item means. All that is ready before a step goes into it; an idle thread waits on a condition.
+torch, what an item means. All that is ready before a step goes into it; an idle thread, or one whose core holds a step
+back, waits on a condition.
 
     any thread      connect, Connection.submit, Connection.close, run, drain, load
     engine thread   the core's methods, and every `deliver`
@@ -71,6 +72,14 @@ class Core(Protocol[ItemIn, Result]):
     def has_work(self) -> bool: ...
 
     @property
+    def hold_s(self) -> float:
+        """Seconds to wait for further items before the next step, 0 to compute it now. Asked only while `has_work`.
+
+        After that time, or once an item has arrived, it is asked anew. Its bound is the core's affair.
+        """
+        ...
+
+    @property
     def load(self) -> WorkerLoad: ...
 
     def check_integrity(self) -> None:
@@ -131,6 +140,8 @@ class EngineThread(Generic[Item, Result]):
         self._connections: dict[int, Connection[Item, Result]] = {}
         self._num_connected = 0
         self._stopping = False
+        self._pause_s: float | None = None
+        """How long to wait for items before the next step; None: until one arrives."""
         self._load = core.load
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failed: BaseException | None = None
@@ -242,16 +253,20 @@ class EngineThread(Generic[Item, Result]):
             self._end()
 
     def _turn(self) -> bool:
-        """Takes all that has arrived, then computes one step. Returns False once the thread is to end."""
+        """Takes all that has arrived, then computes a step unless it is held. Returns False once the thread is to end.
+
+        What arrives during a hold ends it: the core is asked again.
+        """
         with self._wake:
-            while not (self._inbox or self._stopping or self._core.has_work):
-                self._wake.wait()
+            if self._pause_s != 0.0 and not (self._inbox or self._stopping):
+                self._wake.wait(self._pause_s)
             if self._stopping:
                 return False
             inbox, self._inbox, self._num_queued_items = self._inbox, [], 0
         for entry in inbox:
             self._take(entry)
-        if self._core.has_work:
+        self._pause_s = self._core.hold_s if self._core.has_work else None
+        if self._pause_s == 0.0:
             self._guard(self._core.step)
         return True
 

@@ -1,7 +1,8 @@
 """Which sequences take part in a step, and who gives way when the KV pool is full. Shared by target and draft.
 
-Owns: the order of a step and the claims on the pool. Must not know: torch, clocks, connections, items. Deterministic:
-the plan is a function of the demands, in their order, and of the pool.
+Owns: the order of a step, the size of its prefill, and the claims on the pool. Must not know: torch, clocks,
+connections, items. Deterministic: the plan is a function of the demands, in their order, of the pool, and of the step
+times that it was told.
 
 A step takes, oldest first,
 1. rows: running sequences that somebody waits for and that lack at most a round's tokens;
@@ -9,6 +10,10 @@ A step takes, oldest first,
    first chunk or none, and where the oldest finds no room, no newer one starts;
 3. prefill chunks that nobody waits for yet, with what is left of the budget and of the pool.
 
+The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
+may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends.
+
+A sequence without blocks, new or preempted, first takes its longest cached prefix, at the moment of its first chunk.
 Where rows find no room, the newest sequence outside the step is preempted: its blocks go, and it is computed again
 later. Where the plan would come out empty, the first in line preempts older ones too: while somebody waits, there is a
 step, and the first in line comes to its answer.
@@ -23,8 +28,11 @@ from services.common.values import MAX_DRAFT_TOKENS, Proposal
 from services.engine.block_manager import BlockManager
 from services.engine.sequence import Sequence
 from services.engine.step import Work
+from services.engine.step_times import StepTimes
 
 DEFAULT_PREFILL_BUDGET = 512
+MIN_PREFILL_BUDGET = 16
+MAX_STRETCH = 0.8
 MAX_ROUND_LEN = MAX_DRAFT_TOKENS + 1
 """Tokens that one round can leave uncached; more than these are a prefill."""
 
@@ -57,13 +65,16 @@ class Demand:
 
 
 class Scheduler:
-    """Plans steps over one pool; `prefill_budget` tokens of prefill a step, at least 1."""
+    """Plans steps over one pool; at most `prefill_budget` tokens of prefill a step, at least 1."""
 
-    def __init__(self, blocks: BlockManager, prefill_budget: int = DEFAULT_PREFILL_BUDGET) -> None:
+    def __init__(
+        self, blocks: BlockManager, prefill_budget: int = DEFAULT_PREFILL_BUDGET, times: StepTimes | None = None
+    ) -> None:
         if prefill_budget < 1:
             raise ValueError(f"a step must have room to prefill: prefill_budget={prefill_budget}")
         self._blocks = blocks
-        self._prefill_budget = prefill_budget
+        self._max_prefill_budget = prefill_budget
+        self.times = times or StepTimes()
 
     def has_work(self, demands: Iterable[Demand]) -> bool:
         """Whether `plan` would yield a step."""
@@ -75,10 +86,28 @@ class Scheduler:
                 is_first = False  # newer ones do not overtake it
         return False
 
-    def plan(self, demands: list[Demand]) -> list[Work]:
+    def observe(self, works: list[Work], duration_ns: int) -> None:
+        """Takes note of how long a step took."""
+        num_computed = num_rows = 0
+        for work in works:
+            num_computed += work.num_computed_tokens
+            if work.num_rows and work.num_new_tokens <= MAX_ROUND_LEN:
+                num_rows += work.num_computed_tokens
+        self.times.observe(num_rows, num_computed - num_rows, duration_ns)
+
+    def prefill_budget(self, num_rows: int) -> int:
+        """Tokens of prefill for a step that `num_rows` rows take part in or may wait for; 0: nobody minds."""
+        token_ns = self.times.prefill_token_ns
+        if not num_rows or token_ns == 0.0:
+            return self._max_prefill_budget
+        affordable = int(MAX_STRETCH * self.times.rows_ns(num_rows) / token_ns) if token_ns else 0
+        return min(max(affordable, MIN_PREFILL_BUDGET), self._max_prefill_budget)
+
+    def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.
 
         `demands` names every open sequence, oldest first: those without work may have to give up their blocks.
+        `num_expected_rows` are not there yet, but may be before the step ends.
         """
         rows = [demand for demand in demands if demand.is_row]
         awaited = [d for d in demands if d.awaited and not d.is_row and d.num_tokens_to_cache > 0]
@@ -86,16 +115,18 @@ class Scheduler:
 
         works = self._plan_rows(demands)
         all_have_room = len(works) == len(rows)
-        budget = self._prefill_budget
+        budget = self.prefill_budget(sum(work.num_computed_tokens for work in works) or num_expected_rows)
         for demand in awaited + eager:
+            if budget <= 0:
+                break
             if not self._holds_room(demand) and not (all_have_room and self._has_room(demand)):
                 all_have_room = False
-            elif budget > 0:
+            else:
                 works.append(self._chunk(demand, budget))
                 budget -= works[-1].num_new_tokens
         if not works and (first := next(iter(rows + awaited), None)):
             self._preempt_for(first, [d.sequence for d in demands if d is not first])
-            works.append(self._chunk(first, self._prefill_budget))
+            works.append(self._chunk(first, budget))
         return works
 
     def _plan_rows(self, demands: list[Demand]) -> list[Work]:
@@ -116,15 +147,18 @@ class Scheduler:
 
     def _preempt_for(self, demand: Demand, others: list[Sequence]) -> None:
         """Frees the newest of `others` until `demand` has room; none of them if all would not be enough."""
-        num_held = sum(len(other.block_table) for other in others) + len(demand.sequence.block_table)
-        if self._blocks.num_blocks_for(demand.max_len) > num_held + self._blocks.num_free_blocks:
+        num_missing = self._blocks.num_blocks_for(demand.max_len) - len(demand.sequence.block_table)
+        if num_missing > self._blocks.num_free_blocks + self._blocks.num_freed_by(others):
             return
         while not self._has_room(demand):
             self._blocks.free(others.pop())
 
     def _chunk(self, demand: Demand, budget: int) -> Work:
-        self._blocks.extend(demand.sequence, demand.max_len)
-        sequence, num_tokens = demand.sequence, demand.num_tokens_to_cache
+        sequence = demand.sequence
+        if not sequence.block_table:
+            self._blocks.attach_prefix(sequence)
+        self._blocks.extend(sequence, demand.max_len)
+        num_tokens = demand.num_tokens_to_cache
         if not demand.wants_row or num_tokens > budget:
             return Work(sequence, min(num_tokens, budget))
         num_drafted = len(demand.proposal.token_ids) if demand.proposal else 0

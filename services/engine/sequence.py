@@ -5,6 +5,9 @@ Owns: the length algebra. Must not know: torch, blocks' contents, the wire. Muta
     tokens      0 ......... num_cached ......... len(tokens)
                 [ in the cache )[   uncached   )
 
+    tokens      0 ......... num_committed ...... len(tokens)
+                [  for good    )[ may be cut   )
+
 The last committed token is always uncached before its first row.
 """
 
@@ -32,8 +35,15 @@ class Sequence:
     log_probs: bool = False
     num_top_log_probs: int = 0
     fork: int = 0
+    cache_salt: bytes = b""
+    num_committed: int = 0
+    """Tokens known to be committed: the opening prefix, and what later items stand on. They never change."""
     num_cached: int = 0
+    num_shared_blocks: int = 0
+    """The first blocks of the table, which are in the prefix index and are never written to."""
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the first blocks, as far as they were asked for (services.engine.prefix_cache)."""
 
     @classmethod
     def from_open(cls, item: Open) -> Sequence:
@@ -48,10 +58,16 @@ class Sequence:
             log_probs=item.log_probs,
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
+            cache_salt=item.cache_salt,
+            num_committed=len(item.prefix),
         )
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def confirm(self, num_tokens: int) -> None:
+        """The first `num_tokens` tokens are committed. What was committed stays so, whatever is confirmed later."""
+        self.num_committed = max(self.num_committed, min(num_tokens, len(self.tokens)))
 
     @property
     def num_uncached_tokens(self) -> int:

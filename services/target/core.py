@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.common.errors import Aborted, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, Decode, Identity, Open, Refused, TargetItem, TargetResult, Tokens, Verify
 from services.common.values import Proposal, WorkerLoad
-from services.engine.block_manager import BlockManager
+from services.engine.block_manager import BlockManager, PrefixCacheStats
+from services.engine.hold import HoldPolicy, Ready, Rhythm
 from services.engine.pending import Pending
 from services.engine.scheduler import DEFAULT_PREFILL_BUDGET, Demand, Scheduler
 from services.engine.sequence import Sequence
@@ -34,6 +35,7 @@ class _Slot:
 
     sequence: Sequence
     connection: int
+    rhythm: Rhythm = field(default_factory=Rhythm)
     pending: Pending[Verify] | Pending[Decode] | None = None
     num_free_tokens: int = 0
 
@@ -67,7 +69,9 @@ class TargetCore:
               interrupted before that, one without tokens.
     Decode    with num_free_tokens = 0 interrupts the sequence's Decode at once, between steps. It has no answer of its
               own: if no Decode is running (any more), or the sequence is gone, it is ignored.
-    Close     ends the sequence and frees its blocks; an item in progress is not answered. Unknown ones are ignored.
+    Close     ends the sequence; an item in progress is not answered. Unknown ones are ignored. Full blocks of the
+              base_len tokens that were committed in the end stay cached while there is room; where the connection
+              breaks, those of the tokens that some item stood on.
 
     A KV pool that fills up refuses nobody: sequences are preempted and computed again. Timings of a Decode's later
     tokens count from the answer before.
@@ -88,6 +92,7 @@ class TargetCore:
         self._blocks = blocks
         self._limits = Limits(max_sequences, max_sequence_len, max_draft_tokens, model.info.vocab_size)
         self._scheduler = Scheduler(blocks, prefill_budget)
+        self._hold = HoldPolicy(self._scheduler.times)
         self._table: SequenceTable[_Slot] = SequenceTable(max_sequences, Fence(clock))
         self._clock = clock
         self._draining = False
@@ -114,12 +119,25 @@ class TargetCore:
         self._draining = True
 
     def abandon(self, error: OutriderError) -> Results:
-        """Ends every sequence; refuses what was in progress with `error`."""
-        return [result for slot in self._table.slots for result in self._end(slot, error)]
+        """Ends every sequence; refuses what was in progress with `error`. Nothing stays cached."""
+        results = [result for slot in self._table.slots for result in self._end(slot, error)]
+        self._blocks.forget_cached()
+        return results
 
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work(slot.demand for slot in self._table.slots)
+
+    @property
+    def hold_s(self) -> float:
+        """How long the next step is better held for sequences that are due back from drafting (engine.hold)."""
+        slots = self._table.slots
+        away = [slot.rhythm for slot in slots if slot.rhythm.left_ns is not None]
+        return self._hold.hold_ns(self._clock(), self._ready(slots), away) / 1e9 if away else 0.0
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        return self._blocks.prefix_cache_stats
 
     @property
     def load(self) -> WorkerLoad:
@@ -137,13 +155,14 @@ class TargetCore:
 
     def step(self) -> Results:
         """Computes one step: rows of all sequences that somebody waits for, and prefill chunks."""
-        slots = self._table.slots
-        works = self._scheduler.plan([slot.demand for slot in slots])
+        slots, started_ns = self._table.slots, self._clock()
+        num_expected_rows = sum(slot.rhythm.num_rows for slot in slots if slot.rhythm.is_expected(started_ns))
+        works = self._scheduler.plan([slot.demand for slot in slots], num_expected_rows)
         if not works:
             return []
-        started_ns = self._clock()
         verdicts = self._model.step(works)
         step = _Step(started_ns, self._clock(), sum(work.num_rows for work in works))
+        self._scheduler.observe(works, step.ended_ns - started_ns)
         slot_of = {id(slot.sequence): slot for slot in slots}
         results: Results = []
         for work, verdict in zip(works, verdicts, strict=True):
@@ -163,8 +182,25 @@ class TargetCore:
             case Close():
                 slot = self._table.get(item.identity.session_id)
                 if slot and slot.sequence.identity.generation == item.identity.generation:
+                    slot.sequence.confirm(item.identity.base_len)
                     self._end(slot)
                 return []
+
+    def _ready(self, slots: list[_Slot]) -> Ready:
+        """What the next step would hold."""
+        ready, num_prefill_tokens = Ready(), 0
+        for slot in slots:
+            demand = slot.demand
+            if not demand.is_row:
+                num_prefill_tokens += max(0, demand.num_tokens_to_cache)
+            elif demand.proposal is None:
+                ready.num_plain += 1
+            else:
+                ready.num_rows += 1 + len(demand.proposal.token_ids)
+                ready.num_tokens += slot.rhythm.num_tokens
+        num_prefill_tokens = min(num_prefill_tokens, self._scheduler.prefill_budget(ready.num_rows + ready.num_plain))
+        ready.prefill_ns = num_prefill_tokens * (self._scheduler.times.prefill_token_ns or 0.0)
+        return ready
 
     def _open(self, connection: int, item: Open) -> Results:
         if self._draining:
@@ -202,6 +238,7 @@ class TargetCore:
             )
         kept = _cut(proposal, slot.sequence.num_remaining_tokens)
         slot.pending = Pending(Verify(item.identity, kept), arrived_ns)
+        slot.rhythm.come_back(arrived_ns)
         return []
 
     def _decode(self, connection: int, item: Decode, arrived_ns: int) -> Results:
@@ -209,6 +246,7 @@ class TargetCore:
             raise InvalidArgument("INVALID_PARAMETER", "num_free_tokens: below 0", field="num_free_tokens")
         slot = self._find_idle(connection, item.identity)
         slot.pending, slot.num_free_tokens = Pending(item, arrived_ns), item.num_free_tokens
+        slot.rhythm.come_back(arrived_ns)
         return []
 
     def _find_idle(self, connection: int, identity: Identity) -> _Slot:
@@ -216,6 +254,7 @@ class TargetCore:
         if slot.pending is not None:
             raise Aborted("SESSION_BUSY", "the sequence's last item is still in progress")
         check_base_len(identity, len(slot.sequence))
+        slot.sequence.confirm(identity.base_len)
         if not slot.sequence.num_remaining_tokens:
             raise InvalidArgument(
                 "INVALID_PARAMETER",
@@ -244,8 +283,9 @@ class TargetCore:
         return [(connection, cut)]
 
     def _end(self, slot: _Slot, error: OutriderError | None = None) -> Results:
-        """Removes a sequence and frees its blocks; with an error, refuses its item in progress."""
+        """Removes a sequence, whose committed prefix stays cached; with an error, refuses its item in progress."""
         self._table.remove(slot)
+        self._blocks.share(slot.sequence)
         self._blocks.free(slot.sequence)
         if error is None or slot.pending is None:
             return []
@@ -257,6 +297,7 @@ class TargetCore:
             slot.pending.add_step(step.started_ns, step.ended_ns)
         if verdict is None:
             slot.sequence.num_cached += work.num_new_tokens
+            self._blocks.share(slot.sequence)
             return []
         if slot.pending is None:
             raise RuntimeError("a verdict for a sequence that nobody waits for")
@@ -279,7 +320,7 @@ class TargetCore:
         )
         slot.pending.answered(step.ended_ns)
         if done:
-            slot.pending = None
+            self._finish(slot, work, verdict, step.ended_ns)
         return [(slot.connection, tokens)]
 
     def _append(self, grown: Sequence, verdict: Verdict) -> None:
@@ -287,6 +328,14 @@ class TargetCore:
         grown.tokens += verdict.token_ids
         grown.num_cached = len(grown) - 1
         self._blocks.truncate(grown, grown.num_cached)
+        self._blocks.share(grown)
+
+    def _finish(self, slot: _Slot, work: Work, verdict: Verdict, now_ns: int) -> None:
+        """Takes note that the item is answered, and whether another one is to be expected."""
+        slot.pending = None
+        ended = verdict.token_ids[-1] in slot.sequence.eos_token_ids or not slot.sequence.num_remaining_tokens
+        if work.drafted and not ended:
+            slot.rhythm.leave(now_ns, work.num_rows, len(verdict.token_ids))
 
     def _is_done(self, slot: _Slot, verdict: Verdict) -> bool:
         if slot.pending is not None and isinstance(slot.pending.item, Verify):

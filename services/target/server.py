@@ -20,7 +20,14 @@ from services.common.worker_server import (
 )
 from services.engine.block_manager import BlockManager
 from services.engine.engine_thread import EngineThread
-from services.engine.simulated import SIMULATED, SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS, SimulatedTarget
+from services.engine.prefix_cache import model_key
+from services.engine.simulated import (
+    SIMULATED,
+    SIMULATED_MAX_SEQUENCE_LEN,
+    SIMULATED_NUM_BLOCKS,
+    SimulatedTarget,
+    simulated_info,
+)
 from services.engine.step import TargetModel
 from services.target.config import TargetConfig
 from services.target.core import TargetCore
@@ -67,7 +74,7 @@ def build(config: TargetConfig) -> BuiltWorker:
 
 
 def _simulated(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
-    blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size)
+    blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info()))
     model = SimulatedTarget(
         blocks,
         step_ms=config.simulated_step_ms,
@@ -83,5 +90,5 @@ def _paged(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
     from services.engine.verifier import Verifier
 
     engine = engine_of(config)
-    blocks = BlockManager(engine.num_blocks, engine.block_size)
+    blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     return PagedTargetModel(engine, Verifier(config.untrusted_drafts)), blocks, engine.max_sequence_len

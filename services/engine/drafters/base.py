@@ -2,7 +2,7 @@
 
 Owns: `Draft`, the state of one sequence's proposal, and the `Drafter` protocol. Must not know: torch, the wire, clocks.
 
-    draft.sequence.tokens   0 ......... num_committed ......... len(tokens)
+    draft.sequence.tokens   0 .... sequence.num_committed .... len(tokens)
                             [  committed  )[     drafted     )
 """
 
@@ -21,7 +21,6 @@ class Draft:
     """One open sequence on the draft worker. The core commits and requests, the drafter adds tokens."""
 
     sequence: Sequence
-    num_committed: int
     awaited: bool = True
     """Somebody waits: for the prefix to be processed, or for a proposal."""
     num_missing_tokens: int = 0
@@ -31,7 +30,7 @@ class Draft:
 
     @property
     def drafted(self) -> tuple[int, ...]:
-        return tuple(self.sequence.tokens[self.num_committed :])
+        return tuple(self.sequence.tokens[self.sequence.num_committed :])
 
     def request(self, num_tokens: int) -> None:
         """Starts a proposal of at most `num_tokens` tokens behind the committed ones.
@@ -59,9 +58,9 @@ class Draft:
             if drafted != committed:
                 break
             num_same += 1
-        num_kept = self.num_committed + num_same
+        num_kept = self.sequence.num_committed + num_same
         self.sequence.tokens[num_kept:] = token_ids[num_same:]
-        self.num_committed = len(self.sequence)
+        self.sequence.confirm(len(self.sequence))
         self.rows.clear()
         self.end()
         return num_kept

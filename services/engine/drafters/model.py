@@ -9,6 +9,9 @@ Both fall out of num_cached: a step computes the tokens at [num_cached, len(toke
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from services.common.values import ModelInfo
 from services.engine.block_manager import BlockManager
 from services.engine.drafters.base import Draft
@@ -26,11 +29,13 @@ class ModelDrafter:
         *,
         prefill_budget: int = DEFAULT_PREFILL_BUDGET,
         kind: str = "model",
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._model = model
         self._blocks = blocks
         self._scheduler = Scheduler(blocks, prefill_budget)
         self._kind = kind
+        self._clock = clock
 
     @property
     def kind(self) -> str:
@@ -52,6 +57,8 @@ class ModelDrafter:
         self._blocks.truncate(draft.sequence, min(num_kept, len(draft.sequence) - 1))
 
     def close(self, draft: Draft) -> None:
+        """Frees the sequence; its committed prefix stays cached while there is room."""
+        self._blocks.share(draft.sequence)
         self._blocks.free(draft.sequence)
 
     def is_ready(self, draft: Draft) -> bool:
@@ -62,14 +69,19 @@ class ModelDrafter:
 
     def step(self, drafts: list[Draft]) -> list[Draft]:
         """One forward: a token for each draft that lacks one, and chunks of prefixes not processed yet."""
-        works = self._scheduler.plan([_demand(draft) for draft in drafts])
+        num_expected_rows = sum(not draft.awaited and self.is_ready(draft) for draft in drafts)
+        works = self._scheduler.plan([_demand(draft) for draft in drafts], num_expected_rows)
         if not works:
             return []
+        started_ns = self._clock()
+        tokens = self._model.step(works)
+        self._scheduler.observe(works, self._clock() - started_ns)
         draft_of = {id(draft.sequence): draft for draft in drafts}
         taking_part: list[Draft] = []
-        for work, sampled in zip(works, self._model.step(works), strict=True):
+        for work, sampled in zip(works, tokens, strict=True):
             draft = draft_of[id(work.sequence)]
             draft.sequence.num_cached += work.num_new_tokens
+            self._blocks.share(draft.sequence)
             if sampled is not None:
                 draft.add(sampled.token_id, sampled.row)
             taking_part.append(draft)

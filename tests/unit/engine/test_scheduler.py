@@ -10,6 +10,7 @@ from services.engine.block_manager import BlockManager
 from services.engine.scheduler import Demand, Scheduler
 from services.engine.sequence import Sequence
 from services.engine.step import Work
+from services.engine.step_times import StepTimes
 from tests.unit.item_builders import open_item
 
 
@@ -19,6 +20,14 @@ def sequence_of(blocks: BlockManager, num_tokens: int, num_cached: int = 0) -> S
         blocks.extend(sequence, num_cached)
         sequence.num_cached = num_cached
     return sequence
+
+
+def free_prefill() -> StepTimes:
+    """Times by which prefill costs nothing, so that the budget is the largest."""
+    times = StepTimes()
+    times.observe(1, 0, 1000)
+    times.observe(1, 100, 1000)
+    return times
 
 
 def decoding(sequence: Sequence, drafted: tuple[int, ...] = ()) -> Demand:
@@ -32,7 +41,7 @@ def shape(works: list[Work]) -> list[tuple[int, int]]:
 def test_rows_come_before_prefill_chunks_of_older_sequences() -> None:
     blocks = BlockManager(100, 4)
     prefilling, running = sequence_of(blocks, 100), sequence_of(blocks, 9, num_cached=8)
-    works = Scheduler(blocks, 30).plan([decoding(prefilling), decoding(running, (5, 6))])
+    works = Scheduler(blocks, 30, free_prefill()).plan([decoding(prefilling), decoding(running, (5, 6))])
     assert [work.sequence for work in works] == [running, prefilling]
     assert shape(works) == [(1, 3), (30, 0)]
 

@@ -16,7 +16,7 @@ TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=20)
 
 def new_draft(tokens: list[int], max_new_tokens: int = 1000, eos: frozenset[int] = frozenset()) -> Draft:
     item = open_item(prefix=tuple(tokens), max_new_tokens=max_new_tokens, eos_token_ids=eos)
-    return Draft(Sequence.from_open(item), len(tokens))
+    return Draft(Sequence.from_open(item))
 
 
 def searched(tokens: list[int], num_tokens: int, ngram_min: int, ngram_max: int) -> list[int]:
