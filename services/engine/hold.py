@@ -8,17 +8,18 @@ costs about the same for half of them as for all, so the rate halves; and it sta
 
 Let R be ready to verify, A away and due soon, P decode without drafts (they take part in every step), r their rows,
 g the tokens that a verify of theirs has brought on average, x the time of the prefill that waits, t(rows) the time of
-a step, d the longest gap in A. One cycle serves R and A once:
+a step, d the longest of their gaps. One cycle serves R and A once:
 
     step now     t(r_R + r_P) + x, then t(r_A + r_P) + x      (g_R + g_A + 2 g_P) / (sum of both)
     hold         d, then t(r_R + r_A + r_P) + x               (g_R + g_A + g_P) / (d + t + x)
 
 Held is where the second rate, in tokens a millisecond, is the higher one. A step is never held longer than the step
-that it delays would take, nor longer than `max_hold_ns`; who usually stays away longer is not waited for (the target is
-free again when it returns), nor who is later than it usually is.
+that it delays would take, nor longer than `max_hold_ns`; who stays away longer is not waited for (the target is free
+again when it returns), nor who is overdue.
 
 How long somebody stays away is estimated as TCP does a round trip (Jacobson 1988, "Congestion avoidance and control"):
-exponential averages of the gap and of its deviation; due is who has not been away for gap + 2 deviations.
+exponential averages of the gap and of its deviation. Who is away for more than gap + 4 deviations is overdue; the last
+of many is reckoned to come after gap + 2 deviations, which is d.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Rhythm:
 
     @property
     def reach_ns(self) -> float:
-        """It is rarely away longer than this."""
-        return self.gap_ns + max(2 * self.deviation_ns, MIN_SLACK * self.gap_ns, MIN_SLACK_NS)
+        """It is rarely away longer than this; beyond it is overdue."""
+        return self.gap_ns + max(4 * self.deviation_ns, MIN_SLACK * self.gap_ns, MIN_SLACK_NS)
 
     @property
     def due_ns(self) -> float:
@@ -103,7 +104,7 @@ class Ready:
 
 
 class HoldPolicy:
-    """Decides on one target's steps. Asked before each; a hold lasts from the first answer above 0 to the next 0."""
+    """Decides on one target's steps. Asked before each, and told of each; in between is one hold."""
 
     def __init__(self, times: StepTimes, max_hold_ns: int = DEFAULT_MAX_HOLD_NS) -> None:
         self._times = times
@@ -114,24 +115,24 @@ class HoldPolicy:
         """0: compute the step now. Else ask again when somebody returns, or after that many nanoseconds."""
         step_ns = self._times.rows_ns(ready.num_rows + ready.num_plain) + ready.prefill_ns
         bound_ns = min(self._max_hold_ns, step_ns)
-        due = [rhythm for rhythm in away if rhythm.gap_ns <= bound_ns and rhythm.due_ns > now_ns]
+        due = [rhythm for rhythm in away if rhythm.due_ns > now_ns and rhythm.gap_ns <= bound_ns]
         if not due or not self._pays(ready, due):
-            self._held_since_ns = None
             return 0
         if self._held_since_ns is None:
             self._held_since_ns = now_ns
-        left_ns = min(max(rhythm.due_ns for rhythm in due), self._held_since_ns + bound_ns) - now_ns
-        if left_ns < 1:
-            self._held_since_ns = None
-            return 0
-        return int(left_ns)
+        last_ns = min(max(rhythm.due_ns for rhythm in due), self._held_since_ns + bound_ns)
+        return max(0, int(last_ns - now_ns))
+
+    def stepped(self) -> None:
+        """A step is being computed: the hold has ended, if there was one."""
+        self._held_since_ns = None
 
     def _pays(self, ready: Ready, due: list[Rhythm]) -> bool:
         """Whether waiting for all of `due` gives more tokens a nanosecond than two steps one after the other."""
         num_rows = sum(rhythm.num_rows for rhythm in due)
         num_tokens = ready.num_tokens + sum(rhythm.num_tokens for rhythm in due)
-        longest_gap_ns = max(rhythm.gap_ns for rhythm in due)
+        longest_ns = max(rhythm.gap_ns + 2 * rhythm.deviation_ns for rhythm in due)
         rows_ns, plain, prefill_ns = self._times.rows_ns, ready.num_plain, ready.prefill_ns
         now_ns = rows_ns(ready.num_rows + plain) + rows_ns(num_rows + plain) + 2 * prefill_ns
-        held_ns = longest_gap_ns + rows_ns(ready.num_rows + num_rows + plain) + prefill_ns
+        held_ns = longest_ns + rows_ns(ready.num_rows + num_rows + plain) + prefill_ns
         return (num_tokens + plain) * now_ns > (num_tokens + 2 * plain) * held_ns

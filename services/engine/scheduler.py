@@ -12,6 +12,8 @@ A step takes, oldest first,
 
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
 may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends.
+The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
+more rows, which must not make them longer still.
 
 A sequence without blocks, new or preempted, first takes its longest cached prefix, at the moment of its first chunk.
 Where rows find no room, the newest sequence outside the step is preempted: its blocks go, and it is computed again
@@ -31,8 +33,8 @@ from services.engine.step import Work
 from services.engine.step_times import StepTimes
 
 DEFAULT_PREFILL_BUDGET = 512
-MIN_PREFILL_BUDGET = 16
-MAX_STRETCH = 0.8
+MIN_PREFILL_BUDGET = 8
+MAX_STRETCH = 0.6
 MAX_ROUND_LEN = MAX_DRAFT_TOKENS + 1
 """Tokens that one round can leave uncached; more than these are a prefill."""
 
@@ -100,7 +102,8 @@ class Scheduler:
         token_ns = self.times.prefill_token_ns
         if not num_rows or token_ns == 0.0:
             return self._max_prefill_budget
-        affordable = int(MAX_STRETCH * self.times.rows_ns(num_rows) / token_ns) if token_ns else 0
+        step_ns = min(self.times.rows_ns(num_rows), self.times.mean_ns)
+        affordable = int(MAX_STRETCH * step_ns / token_ns) if token_ns else 0
         return min(max(affordable, MIN_PREFILL_BUDGET), self._max_prefill_budget)
 
     def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:

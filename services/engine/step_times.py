@@ -43,6 +43,11 @@ class StepTimes:
         return max(0.0, self._mean_ns + row_ns * (num_rows - self._mean_rows))
 
     @property
+    def mean_ns(self) -> float:
+        """The steps without prefill, averaged."""
+        return self._mean_ns
+
+    @property
     def prefill_token_ns(self) -> float | None:
         """What a step takes longer for each token of prefill. None before that was seen."""
         return self._prefill_ns / self._prefill_tokens if self._prefill_tokens else None

@@ -131,9 +131,11 @@ class TargetCore:
     @property
     def hold_s(self) -> float:
         """How long the next step is better held for sequences that are due back from drafting (engine.hold)."""
-        slots = self._table.slots
-        away = [slot.rhythm for slot in slots if slot.rhythm.left_ns is not None]
-        return self._hold.hold_ns(self._clock(), self._ready(slots), away) / 1e9 if away else 0.0
+        away = [slot.rhythm for slot in self._table.slots if slot.rhythm.left_ns is not None]
+        if not away:
+            return 0.0
+        now_ns = self._clock()
+        return self._hold.hold_ns(now_ns, self._ready(_num_expected_rows(away, now_ns)), away) / 1e9
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -156,10 +158,11 @@ class TargetCore:
     def step(self) -> Results:
         """Computes one step: rows of all sequences that somebody waits for, and prefill chunks."""
         slots, started_ns = self._table.slots, self._clock()
-        num_expected_rows = sum(slot.rhythm.num_rows for slot in slots if slot.rhythm.is_expected(started_ns))
+        num_expected_rows = _num_expected_rows([slot.rhythm for slot in slots], started_ns)
         works = self._scheduler.plan([slot.demand for slot in slots], num_expected_rows)
         if not works:
             return []
+        self._hold.stepped()
         verdicts = self._model.step(works)
         step = _Step(started_ns, self._clock(), sum(work.num_rows for work in works))
         self._scheduler.observe(works, step.ended_ns - started_ns)
@@ -186,10 +189,10 @@ class TargetCore:
                     self._end(slot)
                 return []
 
-    def _ready(self, slots: list[_Slot]) -> Ready:
+    def _ready(self, num_expected_rows: int) -> Ready:
         """What the next step would hold."""
         ready, num_prefill_tokens = Ready(), 0
-        for slot in slots:
+        for slot in self._table.slots:
             demand = slot.demand
             if not demand.is_row:
                 num_prefill_tokens += max(0, demand.num_tokens_to_cache)
@@ -198,8 +201,8 @@ class TargetCore:
             else:
                 ready.num_rows += 1 + len(demand.proposal.token_ids)
                 ready.num_tokens += slot.rhythm.num_tokens
-        num_prefill_tokens = min(num_prefill_tokens, self._scheduler.prefill_budget(ready.num_rows + ready.num_plain))
-        ready.prefill_ns = num_prefill_tokens * (self._scheduler.times.prefill_token_ns or 0.0)
+        budget = self._scheduler.prefill_budget(ready.num_rows + ready.num_plain or num_expected_rows)
+        ready.prefill_ns = min(num_prefill_tokens, budget) * (self._scheduler.times.prefill_token_ns or 0.0)
         return ready
 
     def _open(self, connection: int, item: Open) -> Results:
@@ -343,6 +346,11 @@ class TargetCore:
         slot.num_free_tokens -= len(verdict.token_ids)
         ended = verdict.token_ids[-1] in slot.sequence.eos_token_ids
         return ended or slot.num_free_tokens <= 0 or not slot.sequence.num_remaining_tokens
+
+
+def _num_expected_rows(rhythms: list[Rhythm], now_ns: int) -> int:
+    """Rows that may arrive at any moment."""
+    return sum(rhythm.num_rows for rhythm in rhythms if rhythm.is_expected(now_ns))
 
 
 def _cut(proposal: Proposal, max_tokens: int) -> Proposal:

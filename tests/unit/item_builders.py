@@ -62,8 +62,8 @@ def propose(session: str, base_len: int, committed: tuple[int, ...], num: int, *
     return Propose(identity(session, base_len=base_len, attempt=attempt), committed, num, 7)
 
 
-def close(session: str, *, attempt: int = 1) -> Close:
-    return Close(identity(session, base_len=0, attempt=attempt))
+def close(session: str, *, attempt: int = 1, base_len: int = 0) -> Close:
+    return Close(identity(session, base_len=base_len, attempt=attempt))
 
 
 def simulated_continuation(

@@ -75,6 +75,7 @@ def opens(draw: st.DrawFn) -> Open:
         log_probs=draw(st.booleans()),
         num_top_log_probs=draw(u32),
         fork=draw(u32),
+        cache_salt=draw(st.binary(max_size=40)),
     )
 
 

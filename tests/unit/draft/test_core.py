@@ -306,6 +306,93 @@ def test_draining_worker_opens_nothing_new() -> None:
     assert bench.core.load.draining
 
 
+PROMPT = tuple(range(30))
+
+
+def drafted_by(bench: Bench, session: str, prefix: tuple[int, ...], attempt: int = 1) -> tuple[int, ...]:
+    """Opens a sequence and asks for 4 tokens."""
+    opened, proposed = bench.run(
+        open_item(session, prefix, attempt=attempt), propose(session, len(prefix), (), 4, attempt=attempt)
+    )
+    assert isinstance(opened, Opened)
+    assert opened.num_cached_tokens >= len(prefix) - 1
+    return tokens_of(proposed)
+
+
+@pytest.mark.parametrize("num_tokens", range(26, 31))
+def test_second_turn_drafts_the_same_from_the_cache_as_without(num_tokens: int) -> None:
+    bench, cold = Bench(), Bench()
+    first = PROMPT[:num_tokens]
+    drafted_by(bench, "a", first)
+    bench.run(propose("a", num_tokens + 2, (70, 71), 3))
+    bench.run(close("a", base_len=num_tokens + 2))
+    second = (*first, 70, 71, 80, 81)
+    assert drafted_by(bench, "a", second, 2) == drafted_by(cold, "a", second) == drafted_continuation(second, 4)
+    assert bench.core.prefix_cache_stats.num_hit_tokens == (num_tokens + 1) // 4 * 4
+
+
+def test_prefill_of_a_cached_prefix_computes_what_is_new() -> None:
+    bench = Bench()
+    drafted_by(bench, "a", PROMPT)
+    bench.model.steps.clear()
+    drafted_by(bench, "b", (*PROMPT, 5, 6, 7))
+    assert bench.model.steps[0] == [(33 - 28, 1)]
+
+
+def test_drafted_tokens_are_never_found() -> None:
+    bench = Bench()
+    drafted = drafted_by(bench, "a", PROMPT)
+    bench.run(propose("a", 30, (), 8))
+    bench.run(close("a", base_len=30))
+    drafted_by(bench, "b", (*PROMPT, *drafted, 1, 2))
+    assert bench.core.prefix_cache_stats.num_hit_tokens == 28
+
+
+def test_lost_stream_leaves_the_committed_prefix_cached() -> None:
+    bench = Bench()
+    drafted_by(bench, "a", PROMPT)
+    bench.run(propose("a", 36, (1, 2, 3, 4, 5, 6), 2))
+    bench.core.disconnect(1)
+    assert bench.blocks.num_used_blocks == 0
+    drafted_by(bench, "a", (*PROMPT, 1, 2, 3, 4, 5, 6), 2)
+    assert bench.core.prefix_cache_stats.num_hit_tokens == 32
+
+
+def test_opening_a_cached_prefix_is_answered() -> None:
+    for num_tokens in range(1, 31):
+        bench = Bench()
+        bench.run(open_item("a", PROMPT))
+        bench.run(close("a", base_len=30))
+        (opened,) = bench.run(open_item("b", PROMPT[:num_tokens]))
+        assert isinstance(opened, Opened)
+        assert opened.num_cached_tokens == num_tokens - 1
+
+
+def accepted_lens(core: DraftCore, session: str, prefix: tuple[int, ...], attempt: int) -> list[int]:
+    """Accepted draft tokens of each of 40 rounds, by the simulated target's own tokens."""
+    expected, done, committed, lens = simulated_continuation(prefix, 250), 0, (), []
+    results = run(core, open_item(session, prefix, attempt=attempt, max_new_tokens=400))
+    for _ in range(40):
+        base_len = len(prefix) + done
+        results = run(core, propose(session, base_len, committed, 4, attempt=attempt))
+        drafted = tokens_of(results[-1])
+        num = next((n for n, token in enumerate(drafted) if token != expected[done + n]), len(drafted))
+        lens.append(num)
+        committed = expected[done : done + num + 1]
+        done += num + 1
+    return lens
+
+
+def test_acceptance_after_a_cache_hit_is_that_after_a_cold_prefill() -> None:
+    blocks = BlockManager(256, 4)
+    core = core_of(simulated_drafter(blocks, acceptance=0.7, seed=3), max_sequence_len=600)
+    cold = accepted_lens(core, "a", PROMPT, 1)
+    run(core, close("a", base_len=0))
+    assert accepted_lens(core, "a", PROMPT, 2) == cold
+    assert core.prefix_cache_stats.num_hit_tokens == 28
+    assert 60 < sum(cold) < 110
+
+
 ROUNDS = st.lists(
     st.tuples(
         st.integers(0, 2),  # session
@@ -316,15 +403,18 @@ ROUNDS = st.lists(
     ),
     max_size=25,
 )
+REOPENED = 4
+"""With as many steps before the next round, the session is first closed and opened again, or its stream lost."""
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=150)
 @given(ROUNDS, st.integers(18, 40), st.integers(2, 30))
 def test_proposals_continue_the_commits_whatever_happens(
     rounds: list[tuple[int, int, int, int, int]], num_blocks: int, prefill_budget: int
 ) -> None:
     bench = Bench(num_blocks=num_blocks, prefill_budget=prefill_budget)
-    committed = {str(n): tuple(range(1, 2 + 11 * n)) for n in range(3)}
+    committed = {str(n): tuple(range(1, 2 + 11 * max(1, n))) for n in range(3)}
+    attempts = dict.fromkeys(committed, 1)
     asked: dict[str, tuple[tuple[int, ...], int]] = {}
     last: dict[str, tuple[int, ...]] = {}
 
@@ -339,11 +429,16 @@ def test_proposals_continue_the_commits_whatever_happens(
             elif isinstance(result, Refused):
                 assert result.error.reason == "STALE"
 
-    take(
-        bench.core.handle(
-            1, [open_item(name, tokens, max_new_tokens=70 - len(tokens)) for name, tokens in committed.items()]
-        )
-    )
+    def open_again(names: list[str]) -> None:
+        for name in names:
+            attempts[name] += 1
+            tokens = committed[name]
+            item = open_item(name, tokens, attempt=attempts[name], max_new_tokens=70 - len(tokens))
+            take(bench.core.handle(1, [item]))
+            asked.pop(name, None)
+            last.pop(name, None)
+
+    open_again(list(committed))
     for which, num_draft, num_accepted, num_own, num_steps in rounds:
         name = str(which)
         new = last.pop(name, ())[:num_accepted] + (70, 71, 72)[:num_own]
@@ -353,11 +448,17 @@ def test_proposals_continue_the_commits_whatever_happens(
         asked.pop(name, None)
         if num_draft:
             asked[name] = (committed[name], num_draft)
-        take(bench.core.handle(1, [propose(name, len(committed[name]), new, num_draft)]))
+        take(bench.core.handle(1, [propose(name, len(committed[name]), new, num_draft, attempt=attempts[name])]))
         for _ in range(num_steps):
             if bench.core.has_work:
                 take(bench.core.step())
             bench.core.check_integrity()
+        if num_steps == REOPENED and num_own % 2:
+            bench.core.disconnect(1)
+            open_again(list(committed))
+        elif num_steps == REOPENED:
+            take(bench.core.handle(1, [close(name, attempt=attempts[name], base_len=len(committed[name]))]))
+            open_again([name])
     for _ in range(300):
         if not bench.core.has_work:
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -343,6 +343,90 @@ def test_draining_worker_opens_nothing_new_but_goes_on() -> None:
     assert len(run(core, decode("a", 3, 2))) == 2
 
 
+def decode_all(core: TargetCore, session: str, prefix: tuple[int, ...], num_tokens: int, **kwargs: int) -> int:
+    """Opens a sequence, decodes and checks the tokens; returns how many of the prefix's were found cached."""
+    before = core.prefix_cache_stats.num_hit_tokens
+    results = run(core, open_item(session, prefix, **kwargs), decode(session, len(prefix), num_tokens, **kwargs))
+    tokens = tuple(token for result in results for token in tokens_of(result).token_ids)
+    assert tokens == simulated_continuation(prefix, num_tokens)
+    assert tokens_of(results[-1]).num_cached_tokens == len(prefix) + num_tokens - 1
+    return core.prefix_cache_stats.num_hit_tokens - before
+
+
+PROMPT = tuple(range(30))
+
+
+def test_second_turn_finds_the_first_ones_tokens() -> None:
+    core = new_core()
+    assert decode_all(core, "a", PROMPT, 10) == 0
+    run(core, close("a", base_len=40))
+    second = (*PROMPT, *simulated_continuation(PROMPT, 10), 70, 71, 72)
+    assert decode_all(core, "a", second, 5, attempt=2) == 36
+
+
+def test_running_sequences_share_a_prompt() -> None:
+    core = new_core()
+    for session, num_hits in (("a", 0), ("b", 28), ("c", 28)):
+        assert decode_all(core, session, PROMPT, 3) == num_hits
+    assert core.load.num_used_blocks == 7 + 3
+
+
+def test_trimmed_tokens_do_not_stay_cached() -> None:
+    core = new_core()
+    decode_all(core, "a", PROMPT, 20)
+    run(core, close("a", base_len=33))
+    assert decode_all(core, "b", (*PROMPT, *simulated_continuation(PROMPT, 20)), 5) == 32
+
+
+def test_disconnect_keeps_what_some_item_stood_on() -> None:
+    core = new_core()
+    tokens = (*PROMPT, *simulated_continuation(PROMPT, 20))
+    decode_all(core, "a", PROMPT, 10)
+    run(core, decode("a", 40, 10))
+    core.disconnect(1)
+    assert decode_all(core, "a", (*tokens, 1), 5, attempt=2) == 36
+
+
+def test_newer_open_of_a_session_finds_the_older_ones_prefix() -> None:
+    core = new_core()
+    decode_all(core, "a", PROMPT, 2)
+    assert decode_all(core, "a", PROMPT, 2, attempt=2) == 28
+
+
+def test_preempted_sequence_finds_its_own_blocks_again() -> None:
+    core = new_core(num_blocks=24)
+    core.handle(1, [open_item("old", PROMPT, max_new_tokens=60), decode("old", 30, 60)])
+    core.handle(1, [open_item("new", tuple(range(100, 130)), max_new_tokens=60), decode("new", 30, 60)])
+    results = [tokens_of(result) for result in run(core)]
+    for session, prefix in (("old", PROMPT), ("new", tuple(range(100, 130)))):
+        tokens = [token for r in results if r.identity.session_id == session for token in r.token_ids]
+        assert tuple(tokens) == simulated_continuation(prefix, 60)
+    assert core.prefix_cache_stats.num_hit_tokens > 0
+
+
+def test_rejected_tokens_are_never_found() -> None:
+    core = new_core()
+    wrong = (1, 2, 3, 4, 5, 6, 7)
+    run(core, open_item("a", PROMPT), verify("a", 30, wrong))
+    run(core, close("a", base_len=31))
+    assert decode_all(core, "b", (*PROMPT, *wrong), 4) == 28
+
+
+def test_other_salts_share_nothing() -> None:
+    core = new_core()
+    decode_all(core, "a", PROMPT, 2)
+    item = replace(open_item("b", PROMPT), cache_salt=b"b")
+    run(core, item, decode("b", 30, 2))
+    assert core.prefix_cache_stats.num_hit_tokens == 0
+
+
+def test_nothing_stays_cached_behind_a_failed_step() -> None:
+    core = new_core()
+    decode_all(core, "a", PROMPT, 2)
+    core.abandon(Internal("DEFECT", "x"))
+    assert decode_all(core, "b", PROMPT, 2) == 0
+
+
 @dataclass
 class Session:
     """What a coordinator knows of one session, and the tokens that must come."""
@@ -359,6 +443,12 @@ class Session:
     def __post_init__(self) -> None:
         self.expected = simulated_continuation(self.prefix, 30)
 
+    def next_turn(self, num_trimmed: int) -> None:
+        """Drops the last tokens, as a coordinator does behind a stop string, and asks something new."""
+        del self.committed[len(self.committed) - min(num_trimmed, len(self.committed)) :]
+        self.prefix = (*self.prefix, *self.committed, 65, 66)[-50:]
+        self.committed, self.expected = [], simulated_continuation(self.prefix, 30)
+
     @property
     def base_len(self) -> int:
         return len(self.prefix) + len(self.committed)
@@ -374,7 +464,9 @@ class Session:
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["open", "verify", "decode", "interrupt", "close", "disconnect", "step", "step", "step"]),
+        st.sampled_from(
+            ["open", "verify", "decode", "interrupt", "close", "next turn", "disconnect", "step", "step", "step"]
+        ),
         st.integers(0, 3),
         st.integers(0, 6),
         st.integers(0, 2),
@@ -388,7 +480,7 @@ class Coordinator:
 
     def __init__(self, core: TargetCore) -> None:
         self.core = core
-        self.sessions = [Session(str(n), tuple(range(1, 2 + 9 * n))) for n in range(4)]
+        self.sessions = [Session(str(n), tuple(range(1, 2 + 9 * max(1, n)))) for n in range(4)]
 
     def act(self, action: str, which: int, num: int, num_wrong: int) -> None:
         session = self.sessions[which]
@@ -419,9 +511,12 @@ class Coordinator:
 
     def items(self, action: str, session: Session, num: int, num_wrong: int) -> list[TargetItem]:
         name, attempt = session.name, session.attempt
-        if action == "close":
+        if action in ("close", "next turn"):
             session.is_open, session.awaits = False, 0
-            return [close(name, attempt=attempt)]
+            if action == "next turn":
+                session.next_turn(num_wrong)
+                return [close(name, attempt=attempt, base_len=len(session.prefix) - 2)]
+            return [close(name, attempt=attempt, base_len=session.base_len)]
         if action == "interrupt":
             return [decode(name, session.base_len, 0, attempt=attempt)]
         if session.awaits or not session.num_left:
@@ -445,7 +540,7 @@ class Coordinator:
 
 
 @settings(deadline=None, max_examples=150)
-@given(ACTIONS, st.integers(17, 40), st.integers(3, 40))
+@given(ACTIONS, st.integers(20, 40), st.integers(3, 40))
 def test_tokens_are_the_continuation_whatever_happens(
     actions: list[tuple[str, int, int, int]], num_blocks: int, prefill_budget: int
 ) -> None:
