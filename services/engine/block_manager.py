@@ -86,7 +86,8 @@ class BlockManager:
     def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether `extend` would succeed now; for a sequence without blocks, `attach_prefix` and then `extend`."""
         num_held = len(sequence.block_table) or self._num_attachable_used_blocks(sequence)
-        return self.num_blocks_for(num_tokens) - num_held <= self.num_free_blocks
+        num_missing = self.num_blocks_for(num_tokens) - num_held
+        return num_missing <= 0 or num_missing <= self.num_free_blocks
 
     def attach_prefix(self, sequence: Sequence) -> None:
         """Gives a sequence without blocks those of its longest cached prefix, by reference, and sets num_cached.
@@ -113,7 +114,7 @@ class BlockManager:
         Raises ResourceExhausted (KV_POOL_FULL, retriable) where blocks are lacking, and then changes nothing.
         """
         num_missing = self.num_blocks_for(num_tokens) - len(sequence.block_table)
-        if num_missing > self.num_free_blocks:
+        if num_missing > 0 and num_missing > self.num_free_blocks:
             raise ResourceExhausted(
                 "KV_POOL_FULL",
                 f"the KV pool has {self.num_free_blocks} free blocks of {self.num_blocks}; {num_missing} are needed",

@@ -90,12 +90,13 @@ class Scheduler:
 
     def observe(self, works: list[Work], duration_ns: int) -> None:
         """Takes note of how long a step took."""
-        num_computed = num_rows = 0
+        num_rows = num_prefill_tokens = 0
         for work in works:
-            num_computed += work.num_computed_tokens
             if work.num_rows and work.num_new_tokens <= MAX_ROUND_LEN:
-                num_rows += work.num_computed_tokens
-        self.times.observe(num_rows, num_computed - num_rows, duration_ns)
+                num_rows += work.num_new_tokens + work.num_rows - 1
+            else:
+                num_prefill_tokens += work.num_computed_tokens
+        self.times.observe(num_rows, num_prefill_tokens, duration_ns)
 
     def prefill_budget(self, num_rows: int) -> int:
         """Tokens of prefill for a step that `num_rows` rows take part in or may wait for; 0: nobody minds."""
@@ -118,7 +119,7 @@ class Scheduler:
 
         works = self._plan_rows(demands)
         all_have_room = len(works) == len(rows)
-        budget = self.prefill_budget(sum(work.num_computed_tokens for work in works) or num_expected_rows)
+        budget = self.prefill_budget(sum(work.num_rows for work in works) or num_expected_rows)
         for demand in awaited + eager:
             if budget <= 0:
                 break

@@ -67,7 +67,8 @@ class Sequence:
 
     def confirm(self, num_tokens: int) -> None:
         """The first `num_tokens` tokens are committed. What was committed stays so, whatever is confirmed later."""
-        self.num_committed = max(self.num_committed, min(num_tokens, len(self.tokens)))
+        if num_tokens > self.num_committed:
+            self.num_committed = min(num_tokens, len(self.tokens))
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -131,8 +131,7 @@ class TargetCore:
     @property
     def hold_s(self) -> float:
         """How long the next step is better held for sequences that are due back from drafting (engine.hold)."""
-        away = [slot.rhythm for slot in self._table.slots if slot.rhythm.left_ns is not None]
-        if not away:
+        if not (away := self._away):
             return 0.0
         now_ns = self._clock()
         return self._hold.hold_ns(now_ns, self._ready(_num_expected_rows(away, now_ns)), away) / 1e9
@@ -158,7 +157,7 @@ class TargetCore:
     def step(self) -> Results:
         """Computes one step: rows of all sequences that somebody waits for, and prefill chunks."""
         slots, started_ns = self._table.slots, self._clock()
-        num_expected_rows = _num_expected_rows([slot.rhythm for slot in slots], started_ns)
+        num_expected_rows = _num_expected_rows(self._away, started_ns)
         works = self._scheduler.plan([slot.demand for slot in slots], num_expected_rows)
         if not works:
             return []
@@ -188,6 +187,11 @@ class TargetCore:
                     slot.sequence.confirm(item.identity.base_len)
                     self._end(slot)
                 return []
+
+    @property
+    def _away(self) -> list[Rhythm]:
+        """Of the sequences that were answered and are expected to ask again."""
+        return [slot.rhythm for slot in self._table.slots if slot.rhythm.left_ns is not None]
 
     def _ready(self, num_expected_rows: int) -> Ready:
         """What the next step would hold."""

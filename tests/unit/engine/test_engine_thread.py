@@ -309,3 +309,53 @@ def test_submissions_from_many_threads_are_all_served(bench: Bench) -> None:
         thread.join(DEADLINE_S)
     assert [future.result(0) for future in futures] == [10] * 8
     assert bench.num_used_blocks() == 0
+
+
+class HoldingCore(TargetCore):
+    """Holds each step until two items wait, for `longest_s`; where that is below a second, once only."""
+
+    longest_s = 3600.0
+
+    @property
+    def hold_s(self) -> float:
+        hold_s = 0.0 if self.load.num_queued >= 2 else self.longest_s
+        if self.longest_s < 1.0:
+            self.longest_s = 0.0
+        return hold_s
+
+
+@pytest.fixture
+def holding() -> Iterator[tuple[HoldingCore, EngineThread[TargetItem, TargetResult]]]:
+    blocks = BlockManager(64, 4)
+    core = HoldingCore(SimulatedTarget(blocks), blocks, max_sequences=8, max_sequence_len=200, max_draft_tokens=8)
+    with EngineThread[TargetItem, TargetResult](core, "test engine", 100) as engine:
+        yield core, engine
+
+
+Holding = tuple[HoldingCore, EngineThread[TargetItem, TargetResult]]
+
+
+def test_held_step_is_computed_as_soon_as_the_awaited_item_arrives(holding: Holding) -> None:
+    _, engine = holding
+    peer = Peer()
+    connection = engine.connect(peer.deliver)
+    connection.submit([open_item("a"), open_item("b"), verify("a", 3, ())])
+    engine.run(lambda: None, DEADLINE_S)
+    assert peer.deliveries == []
+    connection.submit([verify("b", 3, ())])
+    assert {result.step_rows for result in peer.results(2) if isinstance(result, Tokens)} == {2}
+
+
+def test_held_step_is_computed_when_the_hold_ends_though_nothing_arrives(holding: Holding) -> None:
+    core, engine = holding
+    core.longest_s = 0.01
+    peer = Peer()
+    engine.connect(peer.deliver).submit([open_item("a"), verify("a", 3, ())])
+    assert len(peer.results(1)) == 1
+
+
+def test_engine_that_holds_a_step_stops_at_once(holding: Holding) -> None:
+    _, engine = holding
+    engine.connect(Peer().deliver).submit([open_item("a"), verify("a", 3, ())])
+    engine.run(lambda: None, DEADLINE_S)
+    assert engine.stop(DEADLINE_S)

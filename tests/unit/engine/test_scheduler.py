@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.common.values import Proposal
 from services.engine.block_manager import BlockManager
-from services.engine.scheduler import Demand, Scheduler
+from services.engine.scheduler import MIN_PREFILL_BUDGET, Demand, Scheduler
 from services.engine.sequence import Sequence
 from services.engine.step import Work
 from services.engine.step_times import StepTimes
@@ -137,3 +137,64 @@ def test_there_is_work_exactly_where_a_step_would_be_planned(
         demands.append(Demand(sequence, awaited=awaited, wants_row=awaited and wants_row))
     scheduler = Scheduler(blocks, 8)
     assert scheduler.has_work(demands) == bool(scheduler.plan(demands))
+
+
+def shared_prefix(blocks: BlockManager, num_tokens: int) -> Sequence:
+    """A sequence whose tokens are cached but for the last, and in the prefix index."""
+    sequence = sequence_of(blocks, num_tokens, num_cached=num_tokens - 1)
+    blocks.share(sequence)
+    return sequence
+
+
+def test_sequence_without_blocks_starts_behind_its_cached_prefix() -> None:
+    blocks = BlockManager(20, 4)
+    blocks.free(shared_prefix(blocks, 30))
+    second = sequence_of(blocks, 33)
+    assert shape(Scheduler(blocks).plan([decoding(second)])) == [(5, 1)]
+    assert second.num_cached == 28
+
+
+def test_prefix_in_use_lets_a_sequence_in_that_would_not_fit_without() -> None:
+    blocks = BlockManager(10, 4)
+    first, second = shared_prefix(blocks, 30), sequence_of(blocks, 33)
+    works = Scheduler(blocks).plan([decoding(first), decoding(second)])
+    assert [work.sequence for work in works] == [first, second]
+    assert first.block_table[:7] == second.block_table[:7]
+    blocks.check_integrity([first, second])
+
+
+def test_preempted_sequence_comes_back_from_its_own_blocks() -> None:
+    blocks = BlockManager(16, 4)
+    old, new = shared_prefix(blocks, 30), shared_prefix(blocks, 26)
+    blocks.free(new)
+    assert shape(Scheduler(blocks).plan([Demand(old), decoding(new)])) == [(2, 1)]
+
+
+def test_preempting_sharers_frees_only_what_they_alone_hold() -> None:
+    blocks = BlockManager(10, 4)
+    oldest, sharer = shared_prefix(blocks, 29), shared_prefix(blocks, 29)
+    assert blocks.num_used_blocks == 7
+    runner = sequence_of(blocks, 12, num_cached=11)
+    works = Scheduler(blocks).plan([decoding(oldest), decoding(runner), decoding(sharer)])
+    assert [work.sequence for work in works] == [oldest, runner]
+    blocks.check_integrity([oldest, sharer, runner])
+
+
+def test_prefill_beside_rows_takes_what_stretches_the_step_by_little() -> None:
+    blocks, times = BlockManager(400, 4), StepTimes()
+    times.observe(3, 0, 20_000)
+    times.observe(3, 100, 40_000)
+    prefilling, running = sequence_of(blocks, 1000), sequence_of(blocks, 9, num_cached=8)
+    scheduler = Scheduler(blocks, 512, times)
+    assert shape(scheduler.plan([decoding(prefilling), decoding(running, (5, 6))])) == [(1, 3), (60, 0)]
+    assert shape(scheduler.plan([decoding(prefilling)], num_expected_rows=3)) == [(60, 0)]
+    assert shape(scheduler.plan([decoding(prefilling)])) == [(512, 0)]
+
+
+def test_prefill_goes_on_beside_rows_however_much_it_costs() -> None:
+    blocks, times = BlockManager(400, 4), StepTimes()
+    times.observe(3, 0, 1_000)
+    times.observe(3, 100, 1_000_000)
+    prefilling, running = sequence_of(blocks, 1000), sequence_of(blocks, 9, num_cached=8)
+    works = Scheduler(blocks, 512, times).plan([decoding(prefilling), decoding(running)])
+    assert shape(works) == [(1, 1), (MIN_PREFILL_BUDGET, 0)]

@@ -100,7 +100,7 @@ def p99_ms(simulation: Simulation, from_s: float, until_s: float) -> float:
 
 @pytest.mark.parametrize("gap_s", [None, 0.004, 0.03])
 @pytest.mark.parametrize("num", [1, 8])
-@pytest.mark.parametrize(("row_ms", "prefill_token_ms"), [(0.1, 0.25), (0.1, 0.02), (1.0, 1.0)])
+@pytest.mark.parametrize(("row_ms", "prefill_token_ms"), [(0.1, 0.25), (0.1, 0.02), (0.3, 1.0)])
 def test_long_prefill_at_most_doubles_the_others_latency(
     num: int, gap_s: float | None, row_ms: float, prefill_token_ms: float
 ) -> None:
