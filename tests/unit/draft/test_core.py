@@ -358,6 +358,15 @@ def test_lost_stream_leaves_the_committed_prefix_cached() -> None:
     assert bench.core.prefix_cache_stats.num_hit_tokens == 32
 
 
+def test_what_was_accepted_last_is_found_though_no_step_came_after_it() -> None:
+    bench = Bench()
+    bench.run(open_item("a", PROMPT), propose("a", 30, (), 8))
+    drafted = drafted_continuation(PROMPT, 8)
+    bench.core.handle(1, [propose("a", 38, drafted, 0), close("a", base_len=38)])
+    drafted_by(bench, "b", (*PROMPT, *drafted, 1, 2))
+    assert bench.core.prefix_cache_stats.num_hit_tokens == 36
+
+
 def test_opening_a_cached_prefix_is_answered() -> None:
     for num_tokens in range(1, 31):
         bench = Bench()

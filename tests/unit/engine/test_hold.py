@@ -47,6 +47,15 @@ def test_nobody_is_waited_for_who_is_overdue() -> None:
     assert policy().hold_ns(6 * MS, READY, [away(4, deviation_ms=1)]) == 2 * MS
 
 
+def test_who_stays_away_for_long_does_not_spoil_the_hold_for_the_others() -> None:
+    assert policy().hold_ns(MS, READY, [away(4), away(25)]) == 3.5 * MS
+
+
+def test_who_is_overdue_does_not_count_for_a_hold() -> None:
+    overdue, due = [away(4) for _ in range(16)], away(4, since_ms=5)
+    assert policy().hold_ns(6 * MS, Ready(num_plain=16), [*overdue, due]) == 0
+
+
 def test_hold_ends_at_its_bound_whoever_leaves_meanwhile() -> None:
     held = policy(max_hold_ms=3)
     assert held.hold_ns(0, READY, [away(2.5)]) == 2.8125 * MS

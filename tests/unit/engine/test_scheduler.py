@@ -141,7 +141,10 @@ def test_there_is_work_exactly_where_a_step_would_be_planned(
 
 def shared_prefix(blocks: BlockManager, num_tokens: int) -> Sequence:
     """A sequence whose tokens are cached but for the last, and in the prefix index."""
-    sequence = sequence_of(blocks, num_tokens, num_cached=num_tokens - 1)
+    sequence = sequence_of(blocks, num_tokens)
+    blocks.attach_prefix(sequence)
+    blocks.extend(sequence, num_tokens - 1)
+    sequence.num_cached = num_tokens - 1
     blocks.share(sequence)
     return sequence
 
@@ -170,14 +173,23 @@ def test_preempted_sequence_comes_back_from_its_own_blocks() -> None:
     assert shape(Scheduler(blocks).plan([Demand(old), decoding(new)])) == [(2, 1)]
 
 
-def test_preempting_sharers_frees_only_what_they_alone_hold() -> None:
+def test_preemption_goes_on_behind_a_sequence_that_only_shares() -> None:
     blocks = BlockManager(10, 4)
     oldest, sharer = shared_prefix(blocks, 29), shared_prefix(blocks, 29)
     assert blocks.num_used_blocks == 7
     runner = sequence_of(blocks, 12, num_cached=11)
     works = Scheduler(blocks).plan([decoding(oldest), decoding(runner), decoding(sharer)])
-    assert [work.sequence for work in works] == [oldest, runner]
+    assert [work.sequence for work in works] == [oldest]
+    assert (sharer.block_table, runner.block_table) == ([], [])
     blocks.check_integrity([oldest, sharer, runner])
+
+
+def test_nobody_is_preempted_for_blocks_that_stay_in_use() -> None:
+    blocks = BlockManager(9, 4)
+    oldest, row, sharer = sequence_of(blocks, 8, num_cached=7), shared_prefix(blocks, 21), shared_prefix(blocks, 21)
+    works = Scheduler(blocks).plan([decoding(oldest), decoding(row, (1,) * 8), Demand(sharer)])
+    assert [work.sequence for work in works] == [oldest]
+    assert sharer.block_table == row.block_table
 
 
 def test_prefill_beside_rows_takes_what_stretches_the_step_by_little() -> None:
