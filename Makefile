@@ -5,6 +5,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPAT_VENV := .venv-compat
+COMPAT_TRANSFORMERS := 5.17.0
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Idle OpenMP threads sleep: spinning ones take the cores that other processes need.
@@ -76,11 +78,21 @@ check-exact: model ## Tokens against transformers' generate: every drafter and d
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
 
+$(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,dev]'
+	@touch $@
+
+check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
+	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
+
 format: setup ## Format the code and sort the imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
-	rm -rf $(VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-gpu test test-gpu lint check check-exact format clean check-distribution check-mutants
+.PHONY: help stubs setup model demo bench bench-simulated bench-gpu test test-gpu lint check check-compat check-exact format clean check-distribution check-mutants

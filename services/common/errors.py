@@ -15,6 +15,7 @@
 
     ConfigError                           a setting that stops the start; never crosses the wire
     ModelUnsupported                      a model the engine refuses at load; never crosses the wire
+    WorkerFailed                          a worker that cannot go on and ends; never crosses the wire
 
 Owns: codes and reasons. Must not know: grpc (codes are those of google.rpc.Code, as plain numbers).
 """
@@ -120,3 +121,7 @@ class ConfigError(Exception):
 
 class ModelUnsupported(Exception):
     """The engine cannot run a model exactly; the message says why."""
+
+
+class WorkerFailed(Exception):
+    """A worker lost what it cannot go on without: its engine thread, or a rank of its model. Its process ends."""

@@ -12,6 +12,8 @@ from services.common.config import setting
 from services.common.errors import ConfigError
 from services.common.values import MAX_DRAFT_TOKENS
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -21,14 +23,18 @@ class WorkerConfig:
     port: int = setting(0, "Port to listen on; 0 takes a free one.")
     model: str = setting("sample", "`sample`, a Hugging Face id, a directory, a GGUF file, or `simulated`.")
     model_name: str = setting("", "Name that requests use; empty derives it from the model.")
-    dtype: str = setting("float32", "Floating point type.", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("float32", "Floating point type.", choices=DTYPES)
     device: str = setting("cpu", "`cpu` or `cuda`.")
     cuda_graph_rows: int = setting(512, "On CUDA, largest step replayed from a recorded graph, in tokens; 0: none.")
     compile: bool = setting(False, "Compile the model's norms and MLPs; the first steps take seconds.")
-    threads: int = setting(0, "Threads of the forward on CPU; 0 takes one a core.")
+    tensor_parallel_size: int = setting(1, "Processes that the model is cut into shards for; on CUDA each takes a GPU.")
+    threads: int = setting(0, "Threads of the forward on CPU, of all processes together; 0 takes one a core.")
     block_size: int = setting(16, "Tokens of a block of the KV pool.")
-    num_blocks: int = setting(0, "Blocks of the KV pool; 0 takes what kv_memory_mb holds.")
-    kv_memory_mb: int = setting(1024, "Memory of the KV pool in MiB, where num_blocks is 0.")
+    num_blocks: int = setting(0, "Blocks of the KV pool; 0 takes what its memory holds.")
+    kv_memory_mb: int = setting(1024, "Memory of the KV pool in MiB, of each process.")
+    kv_memory_share: float = setting(
+        0.0, "KV pool's share of the memory that weights and workspace leave free, instead of kv_memory_mb; 0: unused."
+    )
     max_sequences: int = setting(256, "Most sequences open at once.")
     max_sequence_len: int = setting(0, "Most tokens of a sequence, prompt included; 0 takes the model's own.")
     max_draft_tokens: int = setting(MAX_DRAFT_TOKENS, "Most draft tokens of a round.")
@@ -41,11 +47,13 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         limits = {
             "port": (0, 65_535),
+            "tensor_parallel_size": (1, 64),
             "threads": (0, 1024),
             "cuda_graph_rows": (0, 4096),
             "block_size": (1, 256),
             "num_blocks": (0, 1 << 24),
             "kv_memory_mb": (1, 1 << 24),
+            "kv_memory_share": (0, 1),
             "max_sequences": (1, 65_536),
             "max_sequence_len": (0, 1 << 24),
             "max_draft_tokens": (1, MAX_DRAFT_TOKENS),
@@ -59,4 +67,5 @@ class WorkerConfig:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or os.cpu_count() or 1
+        """Threads of the forward in each process."""
+        return max(1, (self.threads or os.cpu_count() or 1) // self.tensor_parallel_size)

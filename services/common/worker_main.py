@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from services.common.config import flags, load, reject_unknown
-from services.common.errors import ConfigError, ModelUnsupported
+from services.common.errors import ConfigError, ModelUnsupported, WorkerFailed
 from services.common.service import setup_logging
 from services.common.worker_config import WorkerConfig
 
@@ -32,7 +32,8 @@ def set_threads(num_threads: int) -> None:
 
 
 def worker_command(kind: type[C], name: str, help: str, serve: Callable[[C], None]) -> click.Command:
-    """A command with a flag for every field of `kind`. Exits with 2 for a bad setting, with 1 for a bad model."""
+    """A command with a flag for every field of `kind`. Exits with 2 for a bad setting, with 1 for a bad model or where
+    the worker cannot go on."""
 
     @click.command(name=name, help=help)
     @flags(kind)
@@ -46,7 +47,7 @@ def worker_command(kind: type[C], name: str, help: str, serve: Callable[[C], Non
         except ConfigError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(2)
-        except (ModelUnsupported, OSError) as error:
+        except (ModelUnsupported, WorkerFailed, OSError) as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(1)
 

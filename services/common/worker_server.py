@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 from google.protobuf.descriptor import ServiceDescriptor
 from outrider.v1 import worker_pb2
 
+from services.common.failure import Failure
 from services.common.rpc import GrpcServer
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
 from services.common.values import WorkerInfo
@@ -38,12 +39,21 @@ class StartableEngine(Engine, Protocol):
 
     def drain(self) -> None: ...
 
+    @property
+    def failure(self) -> Failure: ...
+
+
+def nothing_to_close() -> None:
+    """For engines without processes of their own."""
+
 
 class BuiltWorker(NamedTuple):
     """What building gives: an engine that is not started yet, and its description."""
 
     engine: StartableEngine
     info: WorkerInfo
+    close: Callable[[], None] = nothing_to_close
+    """Ends what the engine stands on; called once, after the engine has stopped."""
 
 
 class Recipe(NamedTuple):
@@ -85,7 +95,7 @@ async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[
     server.add(_WORKER_SERVICE, WorkerServicer(state))
     server.add(recipe.service, recipe.servicer(state))
     async with server:
-        engine, info = await asyncio.to_thread(recipe.build)
+        engine, info, close = await asyncio.to_thread(recipe.build)
         engine.start()
         try:
             startup_ms = 1e3 * (time.monotonic() - started)
@@ -93,13 +103,17 @@ async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[
             state.set_ready(worker)
             await server.set_ready(True)
             yield RunningWorker(server.port, worker, server, engine)
-            await server.set_ready(False)
         finally:
+            await server.set_ready(False)
             await asyncio.to_thread(engine.stop)
+            await asyncio.to_thread(close)
 
 
 async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; while the engine is being built, either ends the process at once."""
+    """Serves until SIGTERM or SIGINT, then drains; while the engine is being built, either ends the process at once.
+
+    Raises WorkerFailed once the engine cannot go on.
+    """
     async with contextlib.AsyncExitStack() as stack:
         with exit_on_signals():
             running = await stack.enter_async_context(running_worker(config, recipe))
@@ -107,6 +121,16 @@ async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
             info = running.worker.info
             announce_ready(info.role, running.port, instance_id=info.instance_id)
             log.info("%s %s serves on port %d", info.role, info.instance_id, running.port)
-            await stop.wait()
+            await _stopped(stop, running.engine.failure)
             if not await running.drain(config.drain_s):
                 log.warning("%d sequences were open after %g s", running.engine.load.num_sequences, config.drain_s)
+
+
+async def _stopped(stop: asyncio.Event, failure: Failure) -> None:
+    """Returns once `stop` is set. Raises the failure if there is one before that."""
+    stopping, failing = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(failure.wait())
+    await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if failing.done():
+        raise failing.result()
+    failing.cancel()

@@ -5,17 +5,21 @@ Owns: which drafter stands behind the core. Must not know: how proposals come ab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
 
 from outrider.v1 import draft_pb2
 
 from services.common.errors import ConfigError
+from services.common.failure import Failure
 from services.common.values import WorkerInfo
 from services.common.worker_server import (
     BuiltWorker,
     Recipe,
     RunningWorker,
     new_instance_id,
+    nothing_to_close,
     running_worker,
     serve_worker,
 )
@@ -50,9 +54,18 @@ def _recipe(config: DraftConfig) -> Recipe:
     return Recipe(service, DraftServicer, lambda: build(config))
 
 
+class _Drafter(NamedTuple):
+    """What stands behind the core, and how it ends."""
+
+    drafter: Drafter
+    max_sequence_len: int
+    close: Callable[[], None] = nothing_to_close
+
+
 def build(config: DraftConfig) -> BuiltWorker:
     """Makes the drafter, with its model if it has one. Raises ConfigError or ModelUnsupported."""
-    drafter, drafter_len = _drafter(config)
+    failure = Failure()
+    drafter, drafter_len, close = _drafter(config, failure)
     max_sequence_len = min(config.max_sequence_len or drafter_len, drafter_len)
     core = DraftCore(
         drafter,
@@ -69,16 +82,16 @@ def build(config: DraftConfig) -> BuiltWorker:
         max_sequences=config.max_sequences,
         max_sequence_len=max_sequence_len,
     )
-    return BuiltWorker(EngineThread(core, "draft engine", config.max_queued_items), info)
+    engine = EngineThread(core, "draft engine", config.max_queued_items, failure)
+    return BuiltWorker(engine, info, close)
 
 
-def _drafter(config: DraftConfig) -> tuple[Drafter, int]:
-    """The drafter, and the longest sequence it takes."""
+def _drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     match config.drafter:
         case "ngram":
             if not 1 <= config.ngram_min <= config.ngram_max:
                 raise ConfigError(f"ngram_min: {config.ngram_min} is not between 1 and ngram_max, {config.ngram_max}")
-            return NgramDrafter(config.ngram_max, config.ngram_min), MAX_LOOKUP_LEN
+            return _Drafter(NgramDrafter(config.ngram_max, config.ngram_min), MAX_LOOKUP_LEN)
         case "simulated":
             blocks = BlockManager(
                 config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info())
@@ -89,16 +102,17 @@ def _drafter(config: DraftConfig) -> tuple[Drafter, int]:
                 acceptance=config.simulated_acceptance,
                 seed=config.simulated_seed,
             )
-            return drafter, SIMULATED_MAX_SEQUENCE_LEN
-    return _model_drafter(config)
+            return _Drafter(drafter, SIMULATED_MAX_SEQUENCE_LEN)
+    return _model_drafter(config, failure)
 
 
-def _model_drafter(config: DraftConfig) -> tuple[Drafter, int]:
+def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     from services.engine.composition import engine_of
     from services.engine.paged_model import PagedDraftModel
     from services.engine.sampler import Sampler
 
-    engine = engine_of(config)
+    engine = engine_of(config, failure)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
-    return ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget), max_len
+    drafter = ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget)
+    return _Drafter(drafter, max_len, engine.close)

@@ -6,13 +6,14 @@ Owns: which setting goes where. Must not know: draft and target, the wire.
 from __future__ import annotations
 
 from services.common.config import cache_dir
+from services.common.failure import Failure
 from services.common.worker_config import WorkerConfig
 from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
 from services.engine.progress import Reporter
 
 
-def engine_of(config: WorkerConfig) -> PagedEngine:
-    """Loads and checks the configured model. Raises ConfigError or ModelUnsupported."""
+def engine_of(config: WorkerConfig, failure: Failure) -> PagedEngine:
+    """Loads and checks the configured model; `failure` is told of a lost rank. Raises as load_engine does."""
     options = EngineOptions(
         model=config.model,
         cache_dir=cache_dir(),
@@ -21,9 +22,14 @@ def engine_of(config: WorkerConfig) -> PagedEngine:
         device=config.device,
         num_blocks=config.num_blocks,
         kv_memory_bytes=config.kv_memory_mb << 20,
+        kv_memory_share=config.kv_memory_share,
         block_size=config.block_size,
         num_threads=config.num_threads,
         cuda_graph_rows=config.cuda_graph_rows,
         compile=config.compile,
+        num_ranks=config.tensor_parallel_size,
+        max_prefill_tokens=config.prefill_budget,
+        max_sequences=config.max_sequences,
+        max_rows=config.max_draft_tokens + 1,
     )
-    return load_engine(options, Reporter())
+    return load_engine(options, Reporter(), failure)

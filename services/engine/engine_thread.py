@@ -20,7 +20,8 @@ from functools import partial
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
+from services.common.failure import Failure
 from services.common.items import Close, Decode, Open, Propose, Refused, Verify
 from services.common.values import WorkerLoad
 
@@ -130,7 +131,11 @@ class EngineThread(Generic[Item, Result]):
     no step, come before it. It must not block; an exception from it closes its connection.
     """
 
-    def __init__(self, core: Core[Item, Result], name: str, max_queued_items: int) -> None:
+    def __init__(
+        self, core: Core[Item, Result], name: str, max_queued_items: int, failure: Failure | None = None
+    ) -> None:
+        """`failure` may also be reported by what the core stands on; whoever serves ends the worker then."""
+        self.failure = failure or Failure()
         self._core = core
         self._name = name
         self._max_queued_items = max_queued_items
@@ -249,6 +254,9 @@ class EngineThread(Generic[Item, Result]):
         except BaseException as error:
             log.critical("%s ends: its core cannot be brought back", self._name, exc_info=True)
             self.failed = error
+            self.failure.report(
+                error if isinstance(error, WorkerFailed) else WorkerFailed(f"{self._name} has failed: {error!r}")
+            )
         finally:
             self._end()
 
@@ -292,6 +300,8 @@ class EngineThread(Generic[Item, Result]):
         results: list[tuple[int, Result | Refused]] = []
         try:
             results += call()
+        except WorkerFailed:
+            raise
         except Exception as error:
             log.exception("%s: its core failed; every sequence is ended", self._name)
             refusal = _refusal(error)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from services.common.errors import ConfigError
-
 
 class LayerShape(NamedTuple):
     """What one layer keeps for a token. Layers of one model may differ."""
@@ -29,14 +27,6 @@ class LayerShape(NamedTuple):
 def block_bytes(shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block, all layers together."""
     return sum(shape.num_values for shape in shapes) * block_size * dtype.itemsize
-
-
-def num_blocks_within(budget_bytes: int, shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:
-    """How many blocks fit into `budget_bytes`. Raises ConfigError where none does."""
-    one = block_bytes(shapes, block_size, dtype)
-    if budget_bytes < one:
-        raise ConfigError(f"KV memory: {budget_bytes} bytes hold no block; one takes {one}")
-    return budget_bytes // one
 
 
 class KvPool:

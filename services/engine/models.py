@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.distributed import DistributedConfig
 
 from services.common.errors import ConfigError, ModelUnsupported
-from services.engine import paged_attention
+from services.engine import paged_attention, quantisation
 from services.engine.kv_pool import LayerShape
 from services.engine.paged_attention import LayerCall, ProbeStep
 from services.engine.progress import Reporter
@@ -76,13 +77,24 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def load_model(directory: Path, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> CausalModel:
-    """Loads and probes the model in `directory`. Raises ModelUnsupported with the reason it cannot be run exactly."""
+def load_model(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    reporter: Reporter,
+    *,
+    num_ranks: int = 1,
+    quantised: bool = False,
+) -> CausalModel:
+    """Loads and probes the model in `directory`, or this rank's shard of it where `num_ranks` > 1.
+
+    `quantised`: its linear layers keep int8 weights and compute in `dtype`. Raises ModelUnsupported with the reason it
+    cannot be run exactly.
+    """
     paged_attention.register()
     with reporter.task(f"Loading {directory.name}"), _without_loading_bars():
+        config = load_config(directory)
         try:
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            _check_layer_types(config)
             module = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -91,13 +103,26 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, report
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                distributed_config=DistributedConfig(tp_size=num_ranks) if num_ranks > 1 else None,
             )
         except (ValueError, KeyError, OSError, ImportError) as error:
             raise ModelUnsupported(f"{directory.name} cannot be loaded: {error}") from error
-        module = module.to(device).eval()
+        module = module.eval() if num_ranks > 1 else module.to(device).eval()
+        if quantised:
+            quantisation.quantise(module)
         # Only a warning about padded batches reads it, at the price of a look at the token ids in every step.
         module.config.pad_token_id = None
     return probe_model(module, dtype, device)
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of the model in `directory`. Raises ModelUnsupported."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ModelUnsupported(f"{directory.name} cannot be loaded: {error}") from error
+    _check_layer_types(config)
+    return config
 
 
 def probe_model(module: Any, dtype: torch.dtype, device: torch.device) -> CausalModel:

@@ -11,16 +11,19 @@ from typing import Protocol
 
 import torch
 
+from services.common.errors import ConfigError, WorkerFailed
+from services.common.failure import Failure
 from services.common.values import ModelInfo
-from services.engine import digest
-from services.engine.compiled import compile_blocks
-from services.engine.kv_pool import num_blocks_within
-from services.engine.models import load_model, torch_device, torch_dtype
+from services.engine import digest, quantisation
+from services.engine.models import load_config, torch_device, torch_dtype
 from services.engine.prepare import display_name, resolve_model
 from services.engine.progress import Reporter
-from services.engine.runners import Runner, make_runner
-from services.engine.self_check import self_check
+from services.engine.runners import Runner
+from services.engine.shard import Shard, ShardSpec, load_shard
 from services.engine.step import DraftModel, Sampled, TargetModel, Verdict, Work
+from services.engine.tensor_parallel import plan
+from services.engine.tensor_parallel.leading_runner import LeadingRunner
+from services.engine.tensor_parallel.ranks import Ranks
 
 
 class LogitsVerifier(Protocol):
@@ -37,7 +40,12 @@ class LogitsSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What to load and where. `num_blocks` 0: as many as `kv_memory_bytes` hold. `num_threads` 0: as torch has them."""
+    """What to load and where.
+
+    The pool has `num_blocks`, or as many as `kv_memory_share` of the free memory holds, or `kv_memory_bytes`: the first
+    that is not 0. With several ranks the pool's memory is each rank's, and so are the `num_threads` (0: as torch has
+    them). The `max_` fields describe the largest step, which the workspace on CUDA is measured with.
+    """
 
     model: str
     cache_dir: Path
@@ -47,12 +55,17 @@ class EngineOptions:
     device: str = "cpu"
     num_blocks: int = 0
     kv_memory_bytes: int = 1 << 30
+    kv_memory_share: float = 0.0
     block_size: int = 16
     num_threads: int = 0
     cuda_graph_rows: int = 512
-    """On CUDA: the largest step that is replayed from a graph, in tokens; 0 records none."""
+    """On CUDA: the largest step that is replayed from a graph, in tokens; 0 records none. Shards record none."""
     compile: bool = False
     """Compile norms and MLPs."""
+    num_ranks: int = 1
+    max_prefill_tokens: int = 512
+    max_sequences: int = 1
+    max_rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +81,78 @@ class PagedEngine:
     block_size: int
     self_check_difference: float
     """Largest relative difference to the model's own attention at load."""
+    ranks: Ranks | None = None
+    """The processes of the other ranks, if there are any."""
+
+    def close(self) -> None:
+        """Ends the other ranks. The engine is not to be used afterwards."""
+        if self.ranks is not None:
+            self.ranks.close()
 
 
-def load_engine(options: EngineOptions, reporter: Reporter) -> PagedEngine:
+def load_engine(options: EngineOptions, reporter: Reporter, failure: Failure | None = None) -> PagedEngine:
     """Resolves, loads and checks a model. Sets torch's thread count for the process where `num_threads` is given.
 
-    Raises ConfigError for a name, dtype, device or size that cannot be had, ModelUnsupported for a model that cannot be
-    run exactly.
+    With several ranks, starts the others, and reports a rank that ends later to `failure`. Raises ConfigError for a
+    name, dtype, device or size that cannot be had, ModelUnsupported for a model that cannot be run exactly or not in so
+    many shards, WorkerFailed where a rank ends while it loads.
     """
-    dtype, device = torch_dtype(options.dtype), torch_device(options.device)
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
+    _check_options(options)
     directory = resolve_model(options.model, options.cache_dir, reporter)
-    model = load_model(directory, dtype, device, reporter)
-    with reporter.task("Checking the paged attention against the model's own"):
-        difference = self_check(model, options.block_size)
-    if options.compile:
-        compile_blocks(model.module)
-    num_blocks = options.num_blocks or num_blocks_within(
-        options.kv_memory_bytes, model.layer_shapes, options.block_size, dtype
+    spec = spec_of(options, directory)
+    ranks = None
+    if spec.size > 1:
+        plan.check_model(load_config(directory), spec.size)
+        ranks = Ranks(spec, failure or Failure())
+    try:
+        shard = load_shard(spec, reporter)
+        reporter.note(shard.memory)
+        return _engine_of(options, directory, shard, ranks)
+    except BaseException as error:
+        if ranks is None:
+            raise
+        ranks.close()
+        if isinstance(error, RuntimeError):
+            raise WorkerFailed(f"the ranks could not load their shards: {error}") from error
+        raise
+
+
+def _check_options(options: EngineOptions) -> None:
+    device = torch_device(options.device)
+    if options.dtype == quantisation.INT8:
+        quantisation.check_available()
+        if options.num_ranks > 1:
+            raise ConfigError("dtype: int8 weights cannot be cut into shards; use tensor_parallel_size 1")
+    else:
+        torch_dtype(options.dtype)
+    if options.num_ranks > 1:
+        plan.check_device(device, options.num_ranks)
+        if options.compile:
+            raise ConfigError("compile: shards are not compiled; use tensor_parallel_size 1")
+
+
+def spec_of(options: EngineOptions, directory: Path) -> ShardSpec:
+    """What rank 0 is told; the other ranks differ in their number alone."""
+    return ShardSpec(
+        directory=str(directory),
+        dtype=options.dtype,
+        device=options.device,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks,
+        kv_memory_bytes=options.kv_memory_bytes,
+        kv_memory_share=options.kv_memory_share,
+        max_prefill_tokens=options.max_prefill_tokens,
+        max_sequences=options.max_sequences,
+        max_rows=options.max_rows,
+        num_threads=options.num_threads,
+        cuda_graph_rows=options.cuda_graph_rows,
+        compile=options.compile,
+        size=options.num_ranks,
     )
-    runner = make_runner(model, num_blocks, options.block_size, options.cuda_graph_rows, reporter)
+
+
+def _engine_of(options: EngineOptions, directory: Path, shard: Shard, ranks: Ranks | None) -> PagedEngine:
+    model = shard.runner.model
     info = ModelInfo(
         name=options.name or display_name(options.model),
         digest=digest.model_digest(directory),
@@ -98,13 +162,14 @@ def load_engine(options: EngineOptions, reporter: Reporter) -> PagedEngine:
         device=options.device,
     )
     return PagedEngine(
-        runner=runner,
+        runner=shard.runner if ranks is None else LeadingRunner(shard.runner, ranks),
         info=info,
         eos_token_ids=model.eos_token_ids,
         max_sequence_len=model.max_sequence_len,
-        num_blocks=num_blocks,
+        num_blocks=shard.num_blocks,
         block_size=options.block_size,
-        self_check_difference=difference,
+        self_check_difference=shard.self_check_difference,
+        ranks=ranks,
     )
 
 

@@ -5,16 +5,20 @@ Owns: which model stands behind the core. Must not know: scheduling, verificatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
 
 from outrider.v1 import target_pb2
 
+from services.common.failure import Failure
 from services.common.values import WorkerInfo
 from services.common.worker_server import (
     BuiltWorker,
     Recipe,
     RunningWorker,
     new_instance_id,
+    nothing_to_close,
     running_worker,
     serve_worker,
 )
@@ -49,9 +53,19 @@ def _recipe(config: TargetConfig) -> Recipe:
     return Recipe(service, TargetServicer, lambda: build(config))
 
 
+class _Model(NamedTuple):
+    """What stands behind the core, and how it ends."""
+
+    model: TargetModel
+    blocks: BlockManager
+    max_sequence_len: int
+    close: Callable[[], None] = nothing_to_close
+
+
 def build(config: TargetConfig) -> BuiltWorker:
     """Loads the model. Raises ConfigError or ModelUnsupported."""
-    model, blocks, model_len = _simulated(config) if config.model == SIMULATED else _paged(config)
+    failure = Failure()
+    model, blocks, model_len, close = _simulated(config) if config.model == SIMULATED else _paged(config, failure)
     max_sequence_len = min(config.max_sequence_len or model_len, model_len, blocks.num_blocks * blocks.block_size)
     core = TargetCore(
         model,
@@ -70,10 +84,11 @@ def build(config: TargetConfig) -> BuiltWorker:
         max_sequences=config.max_sequences,
         max_sequence_len=max_sequence_len,
     )
-    return BuiltWorker(EngineThread(core, "target engine", config.max_queued_items), info)
+    engine = EngineThread(core, "target engine", config.max_queued_items, failure)
+    return BuiltWorker(engine, info, close)
 
 
-def _simulated(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
+def _simulated(config: TargetConfig) -> _Model:
     blocks = BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info()))
     model = SimulatedTarget(
         blocks,
@@ -81,14 +96,15 @@ def _simulated(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
         row_ms=config.simulated_row_ms,
         prefill_token_ms=config.simulated_prefill_token_ms,
     )
-    return model, blocks, SIMULATED_MAX_SEQUENCE_LEN
+    return _Model(model, blocks, SIMULATED_MAX_SEQUENCE_LEN)
 
 
-def _paged(config: TargetConfig) -> tuple[TargetModel, BlockManager, int]:
+def _paged(config: TargetConfig, failure: Failure) -> _Model:
     from services.engine.composition import engine_of
     from services.engine.paged_model import PagedTargetModel
     from services.engine.verifier import Verifier
 
-    engine = engine_of(config)
+    engine = engine_of(config, failure)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
-    return PagedTargetModel(engine, Verifier(config.untrusted_drafts)), blocks, engine.max_sequence_len
+    model = PagedTargetModel(engine, Verifier(config.untrusted_drafts))
+    return _Model(model, blocks, engine.max_sequence_len, engine.close)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import grpc.aio
 import pytest
-from outrider.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, worker_pb2, worker_pb2_grpc
+from outrider.v1 import target_pb2, worker_pb2, worker_pb2_grpc
 
-from services.common import wire, wire_draft, wire_target
+from services.common import wire
 from services.common.errors import Unavailable
 from services.common.items import Close, Decode, Identity, Open, Opened, Propose, Proposed, Refused, Tokens, Verify
 from services.common.rpc import channel_options, error_from_rpc
@@ -23,6 +21,7 @@ from services.draft.server import running_draft
 from services.target.config import TargetConfig
 from services.target.server import build, running_target
 from services.target.servicer import TargetServicer
+from tests.worker_streams import draft_stream, target_stream
 
 TARGET = TargetConfig(port=0, model="simulated", simulated_step_ms=1.0)
 DRAFT = DraftConfig(port=0, drafter="simulated", simulated_token_ms=0.0, simulated_acceptance=1.0)
@@ -38,46 +37,6 @@ def identity(
 def opening(who: Identity, max_new_tokens: int = 100) -> Open:
     greedy = SamplingParams(temperature=0.0)
     return Open(who, PREFIX, len(PREFIX), frozenset({256}), greedy, VerificationMethod.COUPLED, max_new_tokens)
-
-
-class Stream:
-    """A coordinator's end of a worker's stream."""
-
-    def __init__(self, call: grpc.aio.StreamStreamCall, codec) -> None:
-        self._call = call
-        self._codec = codec
-        self._results: list = []
-
-    async def send(self, *items) -> None:
-        await self._call.write(self._codec.encode_items(items))
-
-    async def next(self):
-        while not self._results:
-            response = await asyncio.wait_for(self._call.read(), 10)
-            self._results += self._codec.decode_results(response)
-        return self._results.pop(0)
-
-    async def tokens(self) -> tuple[int, ...]:
-        """The tokens of a Decode, up to its end."""
-        ids: tuple[int, ...] = ()
-        while True:
-            result = await self.next()
-            assert isinstance(result, Tokens), result
-            ids += result.token_ids
-            if result.done:
-                return ids
-
-
-@asynccontextmanager
-async def target_stream(port: int) -> AsyncIterator[Stream]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
-        yield Stream(target_pb2_grpc.TargetServiceStub(channel).TargetStream(), wire_target)
-
-
-@asynccontextmanager
-async def draft_stream(port: int) -> AsyncIterator[Stream]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
-        yield Stream(draft_pb2_grpc.DraftServiceStub(channel).DraftStream(), wire_draft)
 
 
 async def worker_info(port: int):

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
 from services.common.items import Refused, TargetItem, TargetResult, Tokens
 from services.common.values import WorkerLoad
 from services.engine.block_manager import BlockManager
@@ -202,8 +202,21 @@ def test_core_that_cannot_be_brought_back_ends_the_thread(monkeypatch: pytest.Mo
     bench.model.open_gate()
     assert bench.engine.stop(DEADLINE_S)
     assert isinstance(bench.engine.failed, RuntimeError)
+    assert "still broken" in str(bench.engine.failure.error)
     with pytest.raises(Internal):
         connection.submit([open_item("b")])
+
+
+def test_a_step_that_the_worker_cannot_outlive_ends_the_thread_and_is_reported() -> None:
+    bench = Bench()
+    bench.model.error = error = WorkerFailed("rank 1 ended")
+    bench.engine.start()
+    connection = bench.engine.connect(Peer().deliver)
+    connection.submit([open_item("a"), verify("a", 3, ())])
+    bench.wait_for_step()
+    bench.model.open_gate()
+    assert bench.engine.stop(DEADLINE_S)
+    assert bench.engine.failure.error is error
 
 
 def test_full_queue_refuses_all_but_closes() -> None:

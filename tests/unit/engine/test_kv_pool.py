@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from services.common.errors import ConfigError
-from services.engine.kv_pool import KvPool, LayerShape, block_bytes, num_blocks_within
+from services.engine.kv_pool import KvPool, LayerShape, block_bytes
 
 SHAPES = (LayerShape(2, 8, 8), LayerShape(1, 16, 4))
 
@@ -22,12 +20,5 @@ def test_blocks_are_gathered_in_the_order_of_the_table() -> None:
     assert not gathered_keys[1, 0, 1:].any()
 
 
-def test_a_budget_holds_as_many_blocks_as_their_bytes_say() -> None:
-    one = block_bytes(SHAPES, 16, torch.bfloat16)
-    assert one == (2 * 16 + 20) * 16 * 2
-    assert num_blocks_within(10 * one + 1, SHAPES, 16, torch.bfloat16) == 10
-
-
-def test_a_budget_below_one_block_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="hold no block"):
-        num_blocks_within(10, SHAPES, 16, torch.float32)
+def test_a_block_takes_keys_and_values_of_every_layer() -> None:
+    assert block_bytes(SHAPES, 16, torch.bfloat16) == (2 * 16 + 20) * 16 * 2
