@@ -31,13 +31,15 @@ def announce_ready(service: str, port: int, **more: str | int | float) -> None:
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
     """SIGTERM and SIGINT end the process there and then: nothing is served yet, and a load on a thread can't be cut."""
+    loop = asyncio.get_running_loop()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, frame: os._exit(128 + number)) for number in numbers]
+    for number in numbers:
+        loop.add_signal_handler(number, os._exit, 128 + number)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 @contextlib.contextmanager
