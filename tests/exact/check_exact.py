@@ -199,7 +199,9 @@ def check(
                         plain[case.temperature] = [output[1] for output in alone_outputs]
                     outputs = asyncio.run(run_case(cluster.address, case, prompts, max_tokens))
                     assert [output[0] for output in outputs] == prompt_ids, "prompt tokens differ from transformers'"
-                    outcomes.append(judge(reference, case, plain[case.temperature], outputs))
+                    outcome = judge(reference, case, plain[case.temperature], outputs)
+                    outcomes.append(outcome)
+                    progress.console.print(f"{case}: {outcome.num_identical} of {outcome.num_outputs} identical")
                     progress.advance(bar)
     return outcomes
 
