@@ -255,7 +255,11 @@ def main(
     console.print(f"{outputs} outputs, {ties} near-ties, {defects} other differences: {share:.2%} differ ({dtype})")
     if json_file:
         report = {
-            "command": "make check-exact " + " ".join(sys.argv[1:]),
+            "command": (
+                f"python -m tests.exact.check_exact --prompts {prompts.name} --limit {limit} --max-tokens {max_tokens} "
+                f"--drafters {drafters} --num-draft-tokens {lengths} --concurrency {concurrency} "
+                f"--temperatures {temperatures} --dtype {dtype}"
+            ),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
             "dtype": dtype,
