@@ -22,7 +22,7 @@ $(BIN)/python:
 $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt torch==2.13.0 setuptools grpcio-tools mypy-protobuf
 	@$(MAKE) --no-print-directory protos/gen/.generated
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,int8,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,dev]'
 	@touch $@
 
 protos/gen/.generated: $(PROTOS)
