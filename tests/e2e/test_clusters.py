@@ -155,7 +155,10 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(tmp_path):
     cache = tmp_path / "cache"
     code = (
         "import runpy, sys, time, services.engine.gguf as gguf\n"
-        "gguf._convert = lambda source, work: (print('converting', file=sys.__stderr__, flush=True), time.sleep(60))\n"
+        "def convert(source, work):\n"
+        "    print('converting', file=sys.__stderr__, flush=True)\n"
+        "    while True: time.sleep(0.05)  # a signal just before a long sleep would be heard after it\n"
+        "gguf._convert = convert\n"
         "sys.argv = ['prepare', 'x.gguf']\n"
         "runpy.run_module('services.engine.prepare', run_name='__main__')"
     )
