@@ -18,6 +18,7 @@ from services.engine.compiled import compile_blocks
 from services.engine.kv_pool import block_bytes
 from services.engine.memory import MIB, PoolBudget, PoolSize, does_not_fit, free_memory, module_bytes, size_pool
 from services.engine.models import CausalModel, load_model, torch_dtype
+from services.engine.packed_linear import can_pack, pack_linear_layers
 from services.engine.progress import Reporter
 from services.engine.runners import Runner, make_runner
 from services.engine.self_check import self_check
@@ -63,6 +64,11 @@ class ShardSpec:
         return self.cuda_graph_rows if self.size == 1 else 0
 
     @property
+    def packs(self) -> bool:
+        """Sharded weights are no plain tensors, and compiled modules see no packed ones."""
+        return self.size == 1 and not self.compile
+
+    @property
     def budget(self) -> PoolBudget:
         return PoolBudget(self.num_blocks, self.kv_memory_share, self.kv_memory_bytes)
 
@@ -93,6 +99,9 @@ def load_shard(spec: ShardSpec, reporter: Reporter) -> Shard:
     quantised = spec.dtype == quantisation.INT8
     dtype = quantisation.COMPUTE_DTYPE if quantised else torch_dtype(spec.dtype)
     model = load_model(Path(spec.directory), dtype, device, reporter, num_ranks=spec.size, quantised=quantised)
+    if spec.packs and not quantised and can_pack(dtype, device):
+        with reporter.task("Packing the linear layers for oneDNN"):
+            pack_linear_layers(model.module)
     with reporter.task("Checking the paged attention against the model's own"):
         difference = self_check(model, spec.block_size)
     if spec.compile:
