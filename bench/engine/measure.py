@@ -67,13 +67,18 @@ class EngineBench:
         return _timed(lambda: self._model.step(works)) * 1e3
 
     def tokens_per_s(self, sequences: int, prompt_len: int, num_tokens: int) -> float:
-        """Plain decoding of `num_tokens` tokens of each sequence, behind their first."""
+        """Plain decoding of `num_tokens` tokens of each sequence, from when all have their first until they have them.
+
+        None of them ends in between, however far apart they began.
+        """
         driver = self._driver()
-        for line in range(sequences):
-            driver.decode(str(line), self.prompt(prompt_len), 1 + num_tokens)
+        names = [str(line) for line in range(sequences)]
+        for name in names:
+            driver.decode(name, self.prompt(prompt_len), 2 * (num_tokens + sequences * prompt_len))
         driver.run(lambda: len(driver.arrivals) == sequences)
+        first = {name: len(driver.arrivals[name]) for name in names}
         counted, started = driver.num_tokens, time.perf_counter()
-        driver.run(lambda: not driver.has_work)
+        driver.run(lambda: all(len(driver.arrivals[name]) >= first[name] + num_tokens for name in names))
         return (driver.num_tokens - counted) / (time.perf_counter() - started)
 
     def ttft_ms(self, first_len: int, answer_len: int, more_len: int) -> tuple[float, float]:
