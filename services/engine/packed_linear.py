@@ -43,7 +43,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and dtype == PACKED_DTYPE
-        and torch.backends.mkldnn.is_available()
+        and bool(torch._C._has_mkldnn)
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -70,5 +70,5 @@ def _packed(module: torch.nn.Module) -> PackedLinear | None:
     if type(module) is torch.nn.Linear:
         return PackedLinear(module.weight, module.bias)
     if type(module) is Conv1D:  # GPT-2's, whose weight is (in_features, out_features)
-        return PackedLinear(module.weight.T, module.bias)
+        return PackedLinear(module.get_parameter("weight").T, module.get_parameter("bias"))
     return None
