@@ -81,8 +81,8 @@ def run(plan: Plan, model: str, dtype: str, compiled: bool, console: Console) ->
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("steps and rates", total=1 + plan.rounds + plan.ttft_rounds + 1)
         prompt = bench.prompt(plan.prompt_len)
-        for _, rate in peers:  # the first calls set up what later ones find
-            rate(prompt, 2)
+        for _, rate in peers:  # compiles what --compile asks for
+            rate(prompt, plan.num_tokens)
         bench.tokens_per_s(1, plan.prompt_len, 2)
         progress.advance(task)
         for _ in range(plan.rounds):

@@ -43,7 +43,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and dtype == PACKED_DTYPE
-        and bool(torch._C._has_mkldnn)
+        and torch._C._has_mkldnn
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -67,8 +67,8 @@ def pack_linear_layers(module: torch.nn.Module) -> int:
 
 def _packed(module: torch.nn.Module) -> PackedLinear | None:
     """The replacement of a linear layer, in either of the layouts that transformers uses; None for other modules."""
-    if type(module) is torch.nn.Linear:
+    if isinstance(module, torch.nn.Linear) and type(module) is torch.nn.Linear:
         return PackedLinear(module.weight, module.bias)
-    if type(module) is Conv1D:  # GPT-2's, whose weight is (in_features, out_features)
-        return PackedLinear(module.get_parameter("weight").T, module.get_parameter("bias"))
+    if isinstance(module, Conv1D):  # GPT-2's, whose weight is (in_features, out_features)
+        return PackedLinear(module.weight.T, module.bias)
     return None
