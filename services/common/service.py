@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+_CANCEL_AGAIN_S = 0.1
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -61,6 +62,15 @@ def stop_signals() -> Iterator[asyncio.Event]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+async def end_tasks(*tasks: asyncio.Task[None]) -> None:
+    """Cancels tasks until they have ended: libraries swallow a cancellation now and then (redis-py, mid-command)."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 async def wait_until(condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.05) -> bool:

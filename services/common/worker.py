@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ from outrider.v1 import worker_pb2
 
 from services.common import wire
 from services.common.errors import OutriderError, ResourceExhausted, Unavailable
-from services.common.items import Close, Decode, Open, Propose, Refused, Verify
+from services.common.items import Close, Decode, Open, Propose, Refused, Tokens, Verify
 from services.common.values import WorkerInfo, WorkerLoad
 
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
@@ -30,8 +31,11 @@ MAX_UNREAD_RESULTS = 65_536
 class Connection(Protocol):
     """One stream's side of the engine thread."""
 
-    def submit(self, items: Sequence[Any]) -> None:
-        """Raises ResourceExhausted where there is no room; Close items are taken all the same."""
+    def submit(self, items: Sequence[Any], arrived_ns: int) -> None:
+        """`arrived_ns` is the monotonic time at which the items' message came.
+
+        Raises ResourceExhausted where there is no room; Close items are taken all the same.
+        """
         ...
 
     def close(self) -> None: ...
@@ -108,7 +112,7 @@ class ItemStream(Generic[Request, Response, Item]):
 
         def deliver(results: list[Any], load: WorkerLoad) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
-                loop.call_soon_threadsafe(outbox.put, results)
+                loop.call_soon_threadsafe(outbox.put, results, time.monotonic_ns())
 
         connection = worker.engine.connect(deliver)
         opens = wire.OpenAssembler(info.max_sequence_len, info.max_sequences)
@@ -131,13 +135,14 @@ class ItemStream(Generic[Request, Response, Item]):
     ) -> None:
         try:
             async for request in requests:
+                arrived_ns = time.monotonic_ns()
                 items, refused = self._decode(request, opens)
                 try:
-                    connection.submit(items)
+                    connection.submit(items, arrived_ns)
                 except ResourceExhausted as error:
                     refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]
                 if refused:
-                    outbox.put(refused)
+                    outbox.put(refused, arrived_ns)
             outbox.end(None)
         except OutriderError as error:
             outbox.end(error)
@@ -150,16 +155,18 @@ class _Outbox:
     """
 
     def __init__(self) -> None:
-        self._results: list[Any] = []
+        self._batches: list[tuple[list[Any], int]] = []
+        self._num_results = 0
         self._has_news = False
         self._wakeup = asyncio.Event()
         self._ended = False
         self._error: OutriderError | None = None
 
-    def put(self, results: list[Any]) -> None:
-        self._results += results
+    def put(self, results: list[Any], answered_ns: int) -> None:
+        self._batches.append((results, answered_ns))
+        self._num_results += len(results)
         self._has_news = True
-        if len(self._results) > MAX_UNREAD_RESULTS:
+        if self._num_results > MAX_UNREAD_RESULTS:
             self.end(ResourceExhausted("QUEUE_FULL", f"more than {MAX_UNREAD_RESULTS} results are unread"))
         self._wakeup.set()
 
@@ -168,7 +175,10 @@ class _Outbox:
         self._wakeup.set()
 
     async def take(self) -> list[Any] | None:
-        """All that waits, once there is news; None at the end. Raises the error that ended the stream."""
+        """All that waits, once there is news; None at the end. Raises the error that ended the stream.
+
+        The results' total time comes to include their wait here.
+        """
         while not (self._has_news or self._ended):
             self._wakeup.clear()
             await self._wakeup.wait()
@@ -177,5 +187,13 @@ class _Outbox:
         if not self._has_news:
             return None
         self._has_news = False
-        results, self._results = self._results, []
-        return results
+        batches, self._batches, self._num_results = self._batches, [], 0
+        now_ns = time.monotonic_ns()
+        return [_delayed(result, now_ns - answered_ns) for batch, answered_ns in batches for result in batch]
+
+
+def _delayed(result: Any, delay_ns: int) -> Any:
+    if isinstance(result, Tokens) and not result.done:
+        return result  # the next token's time counts from this one's answer, so that the wait is in it already
+    timings = result.timings
+    return dataclasses.replace(result, timings=dataclasses.replace(timings, total_ns=timings.total_ns + delay_ns))

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import tenacity
 
 from services.common.errors import Internal, OutriderError, Unavailable
+from services.common.service import end_tasks
 from services.common.session_store import Commit
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ class Committer:
     async def aclose(self) -> None:
         """Stops; commits that still wait are settled as Unavailable."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks(self._task)
 
     def submit(self, commit: Commit, settle: Callable[[OutriderError | None], None]) -> None:
         """Queues a commit; `settle` is called once, from the event loop, with None when it is durable."""

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 
 from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
-from services.common.service import wait_until
+from services.common.service import end_tasks, wait_until
 from services.common.session_store import SessionRecord, SessionStore
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.config import CoordinatorConfig
@@ -84,9 +84,7 @@ class Coordinator:
         self._draining = True
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
-        for heart in self._hearts:
-            heart.cancel()
-        await asyncio.gather(*self._hearts, return_exceptions=True)
+        await end_tasks(*self._hearts)
         await self._committer.aclose()
         await self._placement.aclose()
 

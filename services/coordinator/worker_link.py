@@ -23,6 +23,7 @@ from outrider.v1 import draft_pb2_grpc, target_pb2_grpc, worker_pb2, worker_pb2_
 from services.common import rpc, wire, wire_draft, wire_target
 from services.common.errors import DeadlineExceeded, FailedPrecondition, OutriderError, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Identity, Open, TargetItem, TargetResult
+from services.common.service import end_tasks
 from services.common.values import PROTOCOL_VERSION, WorkerInfo, WorkerLoad
 
 log = logging.getLogger(__name__)
@@ -167,9 +168,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sweep())]
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     async def wait_up(self, timeout_s: float) -> bool:
         """Whether the link was up within `timeout_s`."""

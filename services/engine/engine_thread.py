@@ -102,15 +102,15 @@ class Connection(Generic[Item, Result]):
         self.closed = False
         self._engine = engine
 
-    def submit(self, items: Sequence[Item]) -> None:
+    def submit(self, items: Sequence[Item], arrived_ns: int | None = None) -> None:
         """Queues items without blocking; they reach the core together and in order. A closed connection drops them.
 
         Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none but
         Close items, which need no room. One submission always finds room in an empty queue. Raises Unavailable
-        (DRAINING) once the engine is stopped.
+        (DRAINING) once the engine is stopped. `arrived_ns`: monotonic time at which the items came; None: now.
         """
         if not self.closed:
-            self._engine._submit(self, items)
+            self._engine._submit(self, items, time.monotonic_ns() if arrived_ns is None else arrived_ns)
 
     def close(self) -> None:
         """Ends the connection's sequences before the next step. A call of `deliver` in progress is the last one."""
@@ -219,7 +219,7 @@ class EngineThread(Generic[Item, Result]):
         if self._stopping:
             raise Unavailable("DRAINING", f"{self._name} has been stopped")
 
-    def _submit(self, connection: Connection[Item, Result], items: Sequence[Item]) -> None:
+    def _submit(self, connection: Connection[Item, Result], items: Sequence[Item], arrived_ns: int) -> None:
         if not items:
             return
         closes = tuple(item for item in items if isinstance(item, Close))
@@ -231,7 +231,7 @@ class EngineThread(Generic[Item, Result]):
             taken = closes if is_full else tuple(items)
             if taken:
                 self._num_queued_items += len(taken) - len(closes)
-                self._inbox.append(_Arrival(connection, taken, time.monotonic_ns()))
+                self._inbox.append(_Arrival(connection, taken, arrived_ns))
                 self._wake.notify()
         if is_full:
             raise ResourceExhausted(

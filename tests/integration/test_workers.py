@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import grpc.aio
 import pytest
@@ -189,3 +190,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+async def test_the_reported_total_covers_all_the_time_in_the_worker_but_not_the_network() -> None:
+    async with running_target(TARGET) as target, target_stream(target.port) as stream:
+        await stream.send(opening(identity()), Decode(identity(), 1))
+        await stream.tokens()
+        sent_ns = time.monotonic_ns()
+        await stream.send(Verify(identity(round=1, base_len=len(PREFIX) + 1), Proposal(1, ())))
+        result = await stream.next()
+        wall_ns = time.monotonic_ns() - sent_ns
+    timings = result.timings
+    assert timings.forward_ns >= 1_000_000
+    assert timings.queue_ns + timings.forward_ns < timings.total_ns < wall_ns
