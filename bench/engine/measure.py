@@ -32,7 +32,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def weight_bytes(module: Any) -> int:
     """Bytes of all weights but an input embedding that is not the head too, of which a step reads a few lines."""
-    embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+    embedding, head = module.get_input_embeddings().weight, getattr(module.get_output_embeddings(), "weight", None)
     return module_bytes(module) - (0 if embedding is head else embedding.nbytes)
 
 
