@@ -60,6 +60,15 @@ class KvPool:
         """Keys and values of `blocks` (batch, blocks each), as (batch, heads, blocks each * block_size, dim)."""
         return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
 
+    def run(self, layer: int, first_block: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gather`, of one sequence whose blocks follow each other: the pool's own memory, no copy."""
+        end = first_block + num_blocks
+        return _run(self._keys[layer][first_block:end]), _run(self._values[layer][first_block:end])
+
+
+def _run(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
 
 def _gather(pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     gathered = pool.index_select(0, blocks.flatten())

@@ -130,7 +130,10 @@ class PagedStep:
         rows = query if group.rows is None else query.index_select(0, group.rows)
         # (batch, rows, kv heads, fold, dim) to (batch, kv heads, fold * rows, dim)
         folded = rows.reshape(batch, max_rows, -1, fold, query.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        keys, values = self._pool.gather(call.layer, group.blocks)
+        if group.first_block is None:
+            keys, values = self._pool.gather(call.layer, group.blocks)
+        else:
+            keys, values = self._pool.run(call.layer, group.first_block, group.blocks.shape[1])
         mask = self._mask(index, fold, call.window, query.dtype)
         if call.softcap is None:
             attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=call.scaling)

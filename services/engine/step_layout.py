@@ -40,6 +40,8 @@ class AttentionGroup:
     """(batch, max_rows): absolute position of each query row; padding is at 0, where something is always visible."""
     blocks: torch.Tensor
     """(batch, max_blocks): the block tables, padded with block 0."""
+    first_block: int | None = None
+    """Of a single sequence whose blocks follow each other in the pool, the first: nothing needs to be gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,16 @@ def _build_groups(
         output_rows[rows[real]] = offset + np.flatnonzero(real)
         ordered = len(members) == 1 and bool(real.all())
         in_order = in_order and ordered
+        blocks = _padded_blocks([works[i] for i in member], block_size)
+        is_run = len(member) == 1 and bool((np.diff(blocks[0]) == 1).all())
         groups.append(
             AttentionGroup(
                 batch=len(member),
                 max_rows=max_rows,
                 rows=None if ordered else to_device(rows.ravel()),
                 row_positions=to_device(np.where(real, cached[:, None] + within, 0)),
-                blocks=to_device(_padded_blocks([works[i] for i in member], block_size)),
+                blocks=to_device(blocks),
+                first_block=int(blocks[0, 0]) if is_run else None,
             )
         )
         offset += rows.size

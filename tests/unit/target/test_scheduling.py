@@ -119,6 +119,18 @@ def test_long_prefill_at_most_doubles_the_others_latency(
     assert p99_ms(beside, 1.0, long.arrivals_s[0]) <= 2.0 * p99_ms(alone, 1.0, 3.0)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_prompts_that_come_together_are_answered_together(together: bool) -> None:
+    """16 prompts of 40 tokens take 160 ms of prefill; nobody's first token comes long after that."""
+    clients = [
+        Client(str(n), tuple((n + index) % 250 for index in range(40)), n * (0.0 if together else 0.011), None)
+        for n in range(16)
+    ]
+    simulation = Simulation(clients, step_ms=STEP_MS, prefill_token_ms=0.25)
+    simulation.run(1.0)
+    assert max(client.arrivals_s[0] - client.starts_s for client in clients) < 0.16 + 3 * STEP_MS / 1e3
+
+
 def test_everybody_is_served_under_sustained_load() -> None:
     """Prompts arrive as fast as they can be computed, beside drafting and plain decoding sequences, in a small pool."""
     running: list[Client] = [*staggered(4, GAP_S), Client("plain", (9, 9), 0.0, None)]
