@@ -81,16 +81,14 @@ class FusedAttention(torch.nn.Module):
         paged_step: AttentionStep,
         **others: object,
     ) -> tuple[torch.Tensor, None]:
-        heads = self.qkv_proj(hidden_states)[0].view(-1, self._num_heads + 2 * self._num_kv_heads, self._dim)
-        rotated, value = heads.split((self._num_heads + self._num_kv_heads, self._num_kv_heads), 1)
+        num_rotated = self._num_heads + self._num_kv_heads
+        heads = self.qkv_proj(hidden_states).view(-1, num_rotated + self._num_kv_heads, self._dim)
+        rotated, value = heads.narrow(1, 0, num_rotated), heads.narrow(1, num_rotated, self._num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = rotated.split((self._num_heads, self._num_kv_heads), 1)
+            query, key = rotated.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
             rotated = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
-        cos, sin = position_embeddings
-        half = self._dim // 2
-        turned = torch.cat((rotated[..., half:].neg(), rotated[..., :half]), -1)
-        rotated = torch.addcmul(rotated * cos[0].unsqueeze(1), turned, sin[0].unsqueeze(1))
-        query, key = rotated.split((self._num_heads, self._num_kv_heads), 1)
+        rotated = paged_step.rotation(position_embeddings).turn(rotated)
+        query, key = rotated.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
         attended = paged_step.attend(self._call, query, key, value)
         return self.o_proj(attended.flatten(1).unsqueeze(0)), None
 

@@ -46,6 +46,9 @@ class KvPool:
         layout = (num_blocks, block_size)
         self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        # The same memory as (slots, heads, dim) and as (1, heads, slots, dim).
+        self._key_slots, self._value_slots = _slots_of(self._keys), _slots_of(self._values)
+        self._key_runs, self._value_runs = _runs_of(self._key_slots), _runs_of(self._value_slots)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values themselves, (num_blocks, block_size, heads, dim) each."""
@@ -53,8 +56,8 @@ class KvPool:
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores (tokens, heads, dim) at `slots` (tokens,), whatever stood there before."""
-        self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        self._key_slots[layer].index_copy_(0, slots, keys)
+        self._value_slots[layer].index_copy_(0, slots, values)
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `blocks` (batch, blocks each), as (batch, heads, blocks each * block_size, dim)."""
@@ -62,12 +65,16 @@ class KvPool:
 
     def run(self, layer: int, first_block: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As `gather`, of one sequence whose blocks follow each other: the pool's own memory, no copy."""
-        end = first_block + num_blocks
-        return _run(self._keys[layer][first_block:end]), _run(self._values[layer][first_block:end])
+        start, num_slots = first_block * self.block_size, num_blocks * self.block_size
+        return self._key_runs[layer].narrow(2, start, num_slots), self._value_runs[layer].narrow(2, start, num_slots)
 
 
-def _run(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [pool.flatten(0, 1) for pool in pools]
+
+
+def _runs_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [pool.transpose(0, 1).unsqueeze(0) for pool in pools]
 
 
 def _gather(pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class PackedLinear(torch.nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
         return product
 
     def extra_repr(self) -> str:
@@ -64,7 +64,7 @@ class HalfLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features)
-        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, self._packed)
         return product
 
     def extra_repr(self) -> str:
