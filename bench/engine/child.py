@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from bench.engine.figures import percentile
 from bench.engine.measure import MAX_SEQUENCES, EngineBench, PeerBench, opening
@@ -74,7 +73,7 @@ def steps(model: Path, dtype: str, rows: int) -> dict[str, Any]:
 
 
 def lag(model: Path, dtype: str) -> dict[str, Any]:
-    config = TargetConfig(host="127.0.0.1", port=0, model=str(model), dtype=dtype, cache_dir=cache_dir())
+    config = TargetConfig(host="127.0.0.1", port=0, model=str(model), dtype=dtype, num_blocks=1000)
     return asyncio.run(_lag(config))
 
 

@@ -98,4 +98,4 @@ class _Steps:
 
 
 def _environment(passive: bool) -> dict[str, str]:
-    return {**os.environ, **({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"} if passive else {})}
+    return {**os.environ, **({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"} if passive else {})}

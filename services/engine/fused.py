@@ -202,7 +202,8 @@ def _replacements(part: Any, model: CausalModel) -> Iterator[torch.nn.Module]:
 
 def _merged(layers: list[torch.nn.Linear]) -> torch.nn.Linear:
     """One layer whose outputs are those of `layers`, one after the other."""
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     with torch.device("meta"):
         merged = torch.nn.Linear(layers[0].in_features, sum(map(len, weights)), bias=False)
     merged.weight = torch.nn.Parameter(torch.cat(weights), requires_grad=False)

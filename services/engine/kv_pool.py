@@ -7,6 +7,7 @@ dim), so that one block is one contiguous piece and a gather of blocks copies lo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,17 @@ class KvPool:
         """As `gather`, of one sequence whose blocks follow each other: the pool's own memory, no copy."""
         start, num_slots = first_block * self.block_size, num_blocks * self.block_size
         return self._key_runs[layer].narrow(2, start, num_slots), self._value_runs[layer].narrow(2, start, num_slots)
+
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zeroes whole blocks in all layers."""
+        indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
+        for pool in (*self._keys, *self._values):
+            pool.index_fill_(0, indices, 0.0)
+
+    def is_finite(self, blocks: Iterable[int]) -> bool:
+        """Whether whole blocks hold nothing but numbers, in all layers."""
+        indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
+        return all(bool(torch.isfinite(pool.index_select(0, indices)).all()) for pool in (*self._keys, *self._values))
 
 
 def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:

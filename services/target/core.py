@@ -294,17 +294,20 @@ class TargetCore:
         )
         return [(connection, cut)]
 
-    def _end(self, slot: _Slot, error: OutriderError | None = None) -> Results:
+    def _end(self, slot: _Slot, error: OutriderError | None = None, keeps_cache: bool = True) -> Results:
         """Removes a sequence, whose committed prefix stays cached; with an error, refuses its item in progress."""
         self._table.remove(slot)
-        self._blocks.share(slot.sequence)
+        if keeps_cache:
+            self._blocks.share(slot.sequence)
         self._blocks.free(slot.sequence)
         if error is None or slot.pending is None:
             return []
         return [(slot.connection, Refused(slot.pending.item.identity, error, slot.pending.timings(self._clock())))]
 
-    def _settle(self, slot: _Slot, work: Work, verdict: Verdict | None, step: _Step) -> Results:
+    def _settle(self, slot: _Slot, work: Work, verdict: Verdict | OutriderError | None, step: _Step) -> Results:
         """Takes a work's outcome into the sequence, and answers its item."""
+        if isinstance(verdict, OutriderError):
+            return self._end(slot, verdict, keeps_cache=False)
         if slot.pending is not None:
             slot.pending.add_step(step.started_ns, step.ended_ns)
         if verdict is None:
