@@ -47,7 +47,9 @@ class KvPool:
         layout = (num_blocks, block_size)
         self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
-        # The same memory as (slots, heads, dim) and as (1, heads, slots, dim).
+        # The same memory as (blocks, values of a block), as (slots, heads, dim) and as (1, heads, slots, dim).
+        self._key_blocks = [pool.flatten(1) for pool in self._keys]
+        self._value_blocks = [pool.flatten(1) for pool in self._values]
         self._key_slots, self._value_slots = _slots_of(self._keys), _slots_of(self._values)
         self._key_runs, self._value_runs = _runs_of(self._key_slots), _runs_of(self._value_slots)
 
@@ -62,7 +64,13 @@ class KvPool:
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `blocks` (batch, blocks each), as (batch, heads, blocks each * block_size, dim)."""
-        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+        keys = self._key_blocks[layer].index_select(0, blocks.flatten())
+        values = self._value_blocks[layer].index_select(0, blocks.flatten())
+        batch, shape = blocks.shape[0], self.shapes[layer]
+        return (
+            keys.view(batch, -1, shape.num_kv_heads, shape.key_dim).transpose(1, 2),
+            values.view(batch, -1, shape.num_kv_heads, shape.value_dim).transpose(1, 2),
+        )
 
     def run(self, layer: int, first_block: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As `gather`, of one sequence whose blocks follow each other: the pool's own memory, no copy."""
@@ -87,8 +95,3 @@ def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _runs_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
     return [pool.transpose(0, 1).unsqueeze(0) for pool in pools]
-
-
-def _gather(pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    gathered = pool.index_select(0, blocks.flatten())
-    return gathered.view(blocks.shape[0], -1, *pool.shape[2:]).transpose(1, 2)

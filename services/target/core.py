@@ -208,6 +208,7 @@ class TargetCore:
             elif demand.proposal is None:
                 ready.num_plain += 1
             else:
+                ready.num_sequences += 1
                 ready.num_rows += 1 + len(demand.proposal.token_ids)
                 ready.num_tokens += slot.rhythm.num_tokens
         budget = self._scheduler.prefill_budget(ready.num_rows + ready.num_plain or num_expected_rows)

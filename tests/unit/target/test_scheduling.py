@@ -38,6 +38,13 @@ def test_staggered_sequences_reach_the_rate_of_lockstep_by_the_hold_only(jitter:
     assert rate(staggered(16, GAP_S, jitter=jitter), holds=False) <= 0.7 * best
 
 
+@pytest.mark.parametrize("num", [4, 16])
+@pytest.mark.parametrize("gap_ms", [25, 30, 45, 70])
+def test_staggered_sequences_reach_the_rate_of_lockstep_with_gaps_longer_than_a_step(num: int, gap_ms: int) -> None:
+    best = rate(lockstep(num, gap_ms / 1e3), holds=False)
+    assert rate(staggered(num, gap_ms / 1e3, jitter=0.1, stagger_s=0.0137)) >= 0.9 * best
+
+
 @pytest.mark.parametrize("gap_ms", [1, 4, 12, 18, 30])
 @pytest.mark.parametrize("num", [2, 4])
 def test_hold_is_never_worse_than_none(num: int, gap_ms: int) -> None:
