@@ -53,7 +53,7 @@ def continuous(model: Path, dtype: str, prompt_len: int, num_tokens: int) -> dic
     """Tokens a second of 16 requests that come together, from then until all are done; the first run warms up."""
     peer = PeerBench(model, torch_dtype(dtype))
     prompts = [[(line * 37 + n) % 10_000 for n in range(prompt_len)] for line in range(MAX_SEQUENCES)]
-    return {"tokens_per_s": [peer.continuous_tokens_per_s(prompts, num_tokens) for _ in range(3)][1:]}
+    return {"tokens_per_s": [peer.continuous_tokens_per_s(prompts, num_tokens) for _ in range(2)][1:]}
 
 
 def steps(model: Path, dtype: str, rows: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ result and is not handled here raises. Must not know: which model calls it, sequ
 
 The paging is that of Kwon et al. 2023 (PagedAttention). Query heads that share a key head (Ainslie et al. 2023) are
 folded into the rows of one product instead of repeating keys and values. The number of torch calls a layer is constant:
-at most two groups of sequences (services.engine.step_layout), one product each.
+a few groups of sequences (services.engine.step_layout), one product each.
 """
 
 from __future__ import annotations
