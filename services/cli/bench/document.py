@@ -78,7 +78,7 @@ def as_object(document: Document) -> JsonObject:
     fields = _report(document.first.report) | {"case": _case(document.first.case)}
     fields["requests"] = [_request(sample) for sample in document.first.samples]
     if len(document.cases) > 1:
-        fields["cases"] = [_case(entry.case) | _report(entry.report) for entry in document.cases]
+        fields["cases"] = [{"case": _case(entry.case)} | _report(entry.report) for entry in document.cases]
     if document.peers:
         fields["peers"] = [dataclasses.asdict(peer) for peer in document.peers]
     fields["configuration"] = document.configuration

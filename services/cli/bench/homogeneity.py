@@ -61,8 +61,8 @@ def compare(plain: Sequence[Sequence[int]], speculative: Sequence[Sequence[int]]
     for name, span in spans.items():
         result = homogeneity(*(Counter(tuple(ids[span]) for ids in of) for of in (plain, speculative)))
         tests.append(TokenTest(name, result.num_outcomes, result.num_cells, round(result.chi_square, 4), result.p))
-    p = min(1.0, len(tests) * min((test.p for test in tests), default=1.0))
-    return DistributionReport(len(plain), len(speculative), tuple(tests), p)
+    p = min((len(tests) * test.p for test in tests), default=1.0)
+    return DistributionReport(len(plain), len(speculative), tuple(tests), min(1.0, p))
 
 
 class Homogeneity(NamedTuple):

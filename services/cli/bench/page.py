@@ -42,9 +42,9 @@ def render(document: Document) -> str:
     formula = [formula_line(report.formula)] if report.formula else []
     return template.render(
         title="Outrider: speculative decoding measured",
-        subtitle=document.first.case.label,
+        subtitle=f"{document.configuration.get('target', 'a running cluster')}: {document.first.case.label}",
         cards=_cards(document),
-        sentences=[*(several if len(document.cases) > 1 else []), *figures(report), *formula],
+        sentences=[*(several if len(document.cases) > 1 else []), *figures(report)[2:], *formula],
         plots=list(plots(document)),
         grids=list(grids(document)),
         sections=[

@@ -50,7 +50,7 @@ def plots(document: Document) -> Iterator[Plot]:
         first = document.first
         if first.report.acceptance.num_drafts:
             yield _plot("Acceptance by position in the draft", lambda axes: _positions(document.cases, axes))
-        if len(_lines(document.cases)) and len(document.cases) > 1:
+        if any(len(line) > 1 for _, line in _lines(document.cases)):
             yield _plot("Acceptance by draft length K", lambda axes: _acceptance_by_length(document.cases, axes))
         if first.report.formula:
             yield _plot("Decode speed-up: measured and by the formula", lambda axes: _formula(document.cases, axes))
@@ -87,7 +87,8 @@ def _lines(cases: Sequence[CaseReport]) -> list[tuple[str, list[CaseReport]]]:
 def _positions(cases: Sequence[CaseReport], axes: Axes) -> None:
     for entry, colour in zip(cases, _COLOURS * len(cases), strict=False):
         whole, before = entry.report.acceptance, entry.report.acceptance_before_repetition
-        for acceptance, line, suffix in ((whole, "-", ""), (before, ":", ", before repetition")):
+        lines = [(whole, "-", ""), (before, ":", ", before repetition")]
+        for acceptance, line, suffix in lines if entry.report.overall.num_repeating else lines[:1]:
             values = acceptance.conditional_acceptance_per_position
             label = f"{entry.case.label}{suffix}" if len(cases) <= 3 or not suffix else None
             axes.plot(range(1, len(values) + 1), values, line, marker="o", markersize=3, color=colour, label=label)
@@ -105,8 +106,9 @@ def _acceptance_by_length(cases: Sequence[CaseReport], axes: Axes) -> None:
             color=colour,
             label=name,
         )
-        before = [entry.report.acceptance_before_repetition.mean_acceptance_length or 1 for entry in line]
-        axes.plot(lengths, before, ":", color=colour, label=f"{name}, before repetition")
+        if any(entry.report.overall.num_repeating for entry in line):
+            before = [entry.report.acceptance_before_repetition.mean_acceptance_length or 1 for entry in line]
+            axes.plot(lengths, before, ":", color=colour, label=f"{name}, before repetition")
     axes.set(xlabel="K, draft tokens a round", ylabel="mean acceptance length")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=1)

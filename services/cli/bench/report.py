@@ -106,9 +106,8 @@ def build_report(
     speculated = list(samples[Mode.SPECULATIVE].values())
     acceptance = acceptance_of(speculated)
     limits = limits_of(speculated, plain.decode_ms_per_token if plain else None)
-    decode_speedup = (
-        ratio(plain.decode_ms_per_token, speculative.decode_ms_per_token) if plain and speculative else None
-    )
+    decode_ms = [mode.decode_ms_per_token if mode else None for mode in (plain, speculative)]
+    decode_speedup = ratio(*decode_ms)
     return Report(
         num_requests=len(keys),
         failed_requests=len(failures),

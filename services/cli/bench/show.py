@@ -132,8 +132,8 @@ def category_grid(report: Report) -> Grid:
 
 
 _CATEGORY_NOTE = (
-    "rate: accepted of drafted. length: mean acceptance length; * before an output repeats itself. equal: outputs identical "
-    "with and without speculation"
+    "rate: accepted of drafted. length: mean acceptance length; * before an output repeats itself. equal: outputs "
+    "identical with and without speculation"
 )
 
 
@@ -192,8 +192,8 @@ def case_grid(cases: tuple[CaseReport, ...]) -> Grid:
     header = ("case", "plain tok/s", "spec tok/s", "speed-up", "alpha", "length", "length*", "formula", "by pos.")
     rows = tuple((entry.case.label, *_case_row(entry.report)) for entry in cases) if len(cases) > 1 else ()
     note = (
-        "speed-up in parentheses: of the decode phase, which the formula predicts, draft cost included; by pos.: from alpha "
-        "by position. * before an output repeats itself"
+        "speed-up in parentheses: of the decode phase, which the formula predicts, draft cost included; by pos.: from "
+        "alpha by position. * before an output repeats itself"
     )
     return Grid("cases", header, rows, note)
 
