@@ -21,7 +21,7 @@ from services.cli.bench.peers import PeerReport
 from services.cli.bench.report import ModeReport, Percentiles, Report
 from services.cli.terminal import whole
 
-_NAME_WIDTH = 15
+_NAME_WIDTH = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +125,15 @@ def _percentiles(mode: ModeReport | None, name: str) -> str:
 
 
 def category_grid(report: Report) -> Grid:
-    header = ("category", "n", "plain tok/s", "spec tok/s", "speed-up", "rate", "length", "length*", "equal")
+    header = ("category", "n", "plain", "spec", "speed-up", "rate", "len", "len*", "equal")
     parts = {**report.categories, **report.groups, "overall": report.overall}
     rows = tuple((name, *_category_row(part)) for name, part in parts.items())
     return Grid("by category", header, rows, _CATEGORY_NOTE)
 
 
 _CATEGORY_NOTE = (
-    "rate: accepted of drafted. length: mean acceptance length; * before an output repeats itself. equal: outputs "
-    "identical with and without speculation"
+    "plain, spec: tokens/s. rate: accepted of drafted. len: mean acceptance length; * before an output repeats itself. "
+    "equal: outputs identical with and without speculation"
 )
 
 
@@ -189,11 +189,11 @@ def limit_grid(limits: Limits | None) -> Grid:
 
 def case_grid(cases: tuple[CaseReport, ...]) -> Grid:
     """The cases side by side; no rows for a single one."""
-    header = ("case", "plain tok/s", "spec tok/s", "speed-up", "alpha", "length", "length*", "formula", "by pos.")
+    header = ("case", "plain", "spec", "speed-up", "alpha", "len", "len*", "formula", "by pos.")
     rows = tuple((entry.case.label, *_case_row(entry.report)) for entry in cases) if len(cases) > 1 else ()
     note = (
-        "speed-up in parentheses: of the decode phase, which the formula predicts, draft cost included; by pos.: from "
-        "alpha by position. * before an output repeats itself"
+        "plain, spec: tokens/s. In parentheses: speed-up of the decode phase, which the formula predicts, draft cost "
+        "included; by pos.: from alpha by position. len: mean acceptance length; * before an output repeats itself"
     )
     return Grid("cases", header, rows, note)
 
@@ -214,7 +214,7 @@ def _case_row(report: Report) -> tuple[str, ...]:
 
 def peer_grid(peers: tuple[PeerReport, ...], report: Report) -> Grid:
     """The peers beside Outrider's own modes, tokens/s over the summed durations of the requests in both."""
-    header = ("", "tokens/s", "decode ms/token", "TTFT ms p50", "tokens a forward", "identical")
+    header = ("", "tok/s", "ms/token", "TTFT ms", "tok/forward", "equal")
     rows: list[tuple[str, ...]] = []
     overall = report.overall
     for name, mode, rate in (
@@ -229,5 +229,5 @@ def peer_grid(peers: tuple[PeerReport, ...], report: Report) -> Grid:
         identical = "-" if peer.num_identical_outputs is None else f"{peer.num_identical_outputs}/{peer.num_requests}"
         times = number(peer.tokens_per_s), number(peer.decode_ms_per_token), number(peer.ttft_ms.p50)
         rows.append((f"{peer.name} ({peer.version})", *times, number(peer.mean_acceptance_length), identical))
-    note = "identical: equal to Outrider's output, token for token"
+    note = "ms/token: of the decode phase. TTFT: p50. equal: identical to Outrider's output, token for token"
     return Grid("peers", header, tuple(rows) if peers else (), note)
