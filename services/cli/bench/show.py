@@ -140,8 +140,8 @@ _CATEGORY_NOTE = (
 def _category_row(part: CategoryReport) -> tuple[str, ...]:
     return (
         str(part.num_requests),
-        number(part.plain_tokens_per_s),
-        number(part.speculative_tokens_per_s),
+        number(part.plain_tokens_per_s, 1),
+        number(part.speculative_tokens_per_s, 1),
         number(part.speedup),
         number(part.acceptance_rate),
         number(part.mean_acceptance_length),
