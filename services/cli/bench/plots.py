@@ -68,7 +68,7 @@ def _plot(title: str, draw: Callable[[Axes], None]) -> Plot:
     axes = figure.add_subplot()
     draw(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -147,7 +147,6 @@ def _shares(cases: Sequence[CaseReport], axes: Axes) -> None:
     axes.axvline(plain, color="black", linestyle="--", linewidth=0.9, label="a plain token")
     axes.set(xlabel="ms a round")
     axes.invert_yaxis()
-    axes.set_xlim(right=1.35 * max(*left, plain))
 
 
 def _categories(entry: CaseReport, axes: Axes) -> None:
