@@ -1,4 +1,4 @@
-"""Linear layers on a CPU with 16-bit weights, laid out once for the kernels of the processor at hand.
+"""Linear layers on a CPU, their weights laid out once for the kernels of the processor at hand.
 
 Owns: which modules of a loaded model are replaced, and by what. Must not know: families of models, the pool, steps.
 
@@ -14,7 +14,7 @@ lost down to 2^-14, below that at most 2^-25 absolute. A layer with a weight bey
 
 The packed copy takes the plain weight's place and memory, except that a head tied to the input embedding becomes a copy
 of its own: the embedding is looked up by rows, which the packed layout does not give. Results equal the plain layers'
-up to the order of summation; float32, in which tokens are promised to be those of the plain model, is left as it is.
+up to the order of summation, as those of plain layers do between numbers of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-PACKED_DTYPE = torch.bfloat16
 MAX_HALF = 65504.0
 
 
@@ -76,11 +75,11 @@ Layer = Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
 
 def packed_layer(dtype: torch.dtype, device: torch.device) -> type[PackedLinear] | type[HalfLinear] | None:
     """What takes the place of linear layers in `dtype`; None: this processor and build of torch have nothing better."""
-    if device.type != "cpu" or dtype != PACKED_DTYPE:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    if torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if torch._C._has_mkldnn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return PackedLinear
-    return HalfLinear if "fbgemm" in torch.backends.quantized.supported_engines else None
+    return HalfLinear if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines else None
 
 
 @torch.inference_mode(False)

@@ -1,4 +1,4 @@
-"""Packed linear layers give the plain ones' results for 16-bit weights and take their place; float32 is left alone."""
+"""Packed linear layers give the plain ones' results and take their place."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ KINDS = [
         torch.bfloat16,
         marks=pytest.mark.skipif(LAYER is not PackedLinear, reason="this processor has no bfloat16 products"),
     ),
+    (PackedLinear, torch.float32),
     (HalfLinear, torch.float32),
 ]
 """Layers, and what goes into them and comes out."""
@@ -57,6 +58,7 @@ def test_a_packed_layer_equals_the_plain_one(kind: type, dtype: torch.dtype, bia
     generator = torch.Generator().manual_seed(1)
     layer = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
     x = torch.randn(1, num_rows, 48, generator=generator).to(dtype)
+    layer = layer.to(dtype) if kind is PackedLinear else layer
     with torch.inference_mode():
         found = kind(layer.weight, layer.bias)(x)
         assert found.dtype == dtype
@@ -66,7 +68,7 @@ def test_a_packed_layer_equals_the_plain_one(kind: type, dtype: torch.dtype, bia
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_a_packed_layer_takes_inputs_that_are_not_contiguous(kind: type, dtype: torch.dtype) -> None:
-    layer = torch.nn.Linear(48, 40, dtype=torch.bfloat16)
+    layer = torch.nn.Linear(48, 40, dtype=dtype if kind is PackedLinear else torch.bfloat16)
     packed = kind(layer.weight, layer.bias)
     x = torch.randn(2, 6, 96).to(dtype).transpose(0, 1)[::2, :, ::2]
     with torch.inference_mode():
@@ -115,8 +117,11 @@ def test_the_check_at_load_sees_the_packed_model(tmp_path: Path, monkeypatch: py
         load(save_model(tmp_path), "bfloat16")
 
 
-def test_float32_keeps_its_modules(tmp_path: Path) -> None:
-    assert linear_types(load(save_model(tmp_path), "float32").runner.model.module) == {torch.nn.Linear}
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_float32_is_packed_and_passes_the_check_at_load(tmp_path: Path, family: str) -> None:
+    engine = load(save_model(tmp_path, family), "float32")
+    assert linear_types(engine.runner.model.module) == {PackedLinear}
+    assert engine.self_check_difference < 1e-5
 
 
 @pytest.mark.parametrize(("options", "packs"), [({}, True), ({"compile": True}, False), ({"num_ranks": 2}, False)])
@@ -167,9 +172,8 @@ def test_a_subclass_with_a_forward_of_its_own_stays() -> None:
     assert type(module[0]) is Doubled
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
-    assert packed_layer(dtype, CPU) is None
+def test_other_dtypes_are_not_packed() -> None:
+    assert packed_layer(torch.float16, CPU) is None
 
 
 def test_other_devices_are_not_packed() -> None:
