@@ -131,7 +131,8 @@ def _run_children(plan: Plan, model: ChildModel, measured: Measured, advance: Ca
         advance()
     measured.sharing.update(share_cores(model, {"target": 5, "draft": 1}, 5.0))
     advance()
-    measured.lag.update(measure(model, "lag", (), plan.child_limit_s, passive=True))
+    for threads in (0, 1):
+        measured.lag[threads] = measure(model, "lag", ("--threads", str(threads)), plan.child_limit_s, passive=True)
     advance()
 
 

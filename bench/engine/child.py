@@ -72,8 +72,9 @@ def steps(model: Path, dtype: str, rows: int) -> dict[str, Any]:
     return {}
 
 
-def lag(model: Path, dtype: str) -> dict[str, Any]:
-    config = TargetConfig(host="127.0.0.1", port=0, model=str(model), dtype=dtype, num_blocks=1000)
+def lag(model: Path, dtype: str, threads: int) -> dict[str, Any]:
+    """With so many threads of the forward; 0: one a core."""
+    config = TargetConfig(host="127.0.0.1", port=0, model=str(model), dtype=dtype, threads=threads, num_blocks=1000)
     return asyncio.run(_lag(config))
 
 
@@ -113,7 +114,8 @@ async def _lags_ms(seconds: float) -> list[float]:
 @click.option("--prompt-len", default=32)
 @click.option("--num-tokens", default=64)
 @click.option("--rows", default=1)
-def main(kind: str, model: Path, dtype: str, prompt_len: int, num_tokens: int, rows: int) -> None:
+@click.option("--threads", default=0)
+def main(kind: str, model: Path, dtype: str, prompt_len: int, num_tokens: int, rows: int, threads: int) -> None:
     """Measure one thing and print it."""
     logging.disable(logging.WARNING)
     match kind:
@@ -122,7 +124,7 @@ def main(kind: str, model: Path, dtype: str, prompt_len: int, num_tokens: int, r
         case "continuous":
             found = continuous(model, dtype, prompt_len, num_tokens)
         case "lag":
-            found = lag(model, dtype)
+            found = lag(model, dtype, threads)
         case _:
             found = steps(model, dtype, rows)
     print(json.dumps(found), flush=True)

@@ -52,8 +52,8 @@ class Measured:
     """Peers without a figure, and the reason."""
     sharing: dict[str, dict[str, float]] = field(default_factory=dict)
     """Steps a second of draft and target with a core each, alone and beside each other."""
-    lag: dict[str, float] = field(default_factory=dict)
-    """How late a target worker's event loop is during forwards."""
+    lag: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """How late a target worker's event loop is during forwards, by the forward's threads (0: one a core)."""
 
     @property
     def bandwidth(self) -> float:

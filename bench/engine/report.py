@@ -63,11 +63,13 @@ def _show_processes(measured: Measured, console: Console) -> None:
             row = (f"{found['rows']:.0f}", f"{found['alone']:.1f}", f"{found['beside']:.1f}", f"{found['ratio']:.2f}")
             table.add_row(role, *row)
         console.print(table)
-    if "busy_p99_ms" in measured.lag:
-        console.print(
-            f"A target worker's event loop is late by {measured.lag['busy_p50_ms']:.2f} ms (p50), "
-            f"{measured.lag['busy_p99_ms']:.2f} ms (p99) during forwards; idle p99 {measured.lag['idle_p99_ms']:.2f} ms"
-        )
+    for threads, found in measured.lag.items():
+        if "busy_p99_ms" in found:
+            late = f"{found['busy_p50_ms']:.2f} ms (p50), {found['busy_p99_ms']:.2f} ms (p99)"
+            console.print(
+                f"A target worker's event loop is late by {late} during forwards of {threads or 'all'} threads; "
+                f"idle {found['idle_p99_ms']:.2f} ms (p99)"
+            )
 
 
 def write(measured: Measured, environment: Environment, num_threads: int, directory: Path) -> None:
