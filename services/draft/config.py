@@ -19,6 +19,7 @@ class DraftConfig(WorkerConfig):
     port: int = setting(50052, "Port to listen on; 0 takes a free one.")
     dtype: str = setting("float32", "Floating point type, or int8 for rounded weights.", choices=(*DTYPES, "int8"))
     drafter: str = setting("ngram", "How tokens are proposed.", choices=("model", "ngram", "simulated"))
+    draft_target: str = setting("", "Target that a trained draft was trained for; empty: as the draft names it.")
     ngram_max: int = setting(4, "Longest n-gram that the prompt lookup matches.")
     ngram_min: int = setting(1, "Shortest n-gram that the prompt lookup matches.")
     simulated_token_ms: float = setting(2.0, "Simulated drafter: milliseconds for each token.")

@@ -111,7 +111,7 @@ def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     from services.engine.paged_model import PagedDraftModel
     from services.engine.sampler import Sampler
 
-    engine = engine_of(config, failure)
+    engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
     drafter = ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget)
