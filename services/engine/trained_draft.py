@@ -3,20 +3,23 @@
 Owns: the form of such a directory and how it becomes a transformers model. Must not know: training, the pool, steps.
 
     config.json         of the target's own family, with fewer layers, and the section `outrider_draft` (Manifest)
-    model.safetensors   the layers by their names in that family's causal model; and
-        input_projection   [width, hidden]    embedding of the draft = embedding of the target x its transpose
+    model.safetensors   the weights by their names in that family's causal model; and
+        input_projection   [width, hidden]    embedding of the draft = embedding of the target x its transpose, or it
         output_projection  [hidden, width]    head of the draft = the target's head, rows head_ids, x it
         head_ids           int32 [R]          the tokens that it can propose, as ids of the target
 
-Of the target only the embedding and the head are read (one tensor where they are tied), and only from its file; the
-projections are multiplied in once. Logits are as wide as the target's vocabulary: all that follows, noise and penalties
-included, counts in the target's ids. Tokens outside `head_ids` lie NEVER below the least of the row.
+Of the target are read, and only from its file, the embedding and the head (one tensor where they are tied), and for the
+kind early_exit the layers too, which then are not shipped. The projections are multiplied in once. Logits are as wide
+as the target's vocabulary: all that follows, noise and penalties included, counts in the target's ids. Tokens outside
+`head_ids` lie NEVER below the least of the row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ from safetensors.torch import load_file
 from services.common.errors import ModelUnsupported
 
 SECTION = "outrider_draft"
+EARLY_EXIT = "early_exit"
 NEVER = 25.0
 """More than Gumbel noise can make up for (noise.gumbel spans 26.0, and the least is no likely token)."""
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -46,6 +50,9 @@ class Manifest:
     vocab_size: int
     """Width of the target's logits."""
     kind: str = "model"
+    """`model`: with layers of its own. `early_exit`: the target's layers as they are, a trained norm and projection."""
+    layers: tuple[int, ...] = ()
+    """Of the target: those that it began as, or is."""
     version: int = 1
 
     def section(self) -> dict[str, Any]:
@@ -115,6 +122,33 @@ def read_ends(directory: Path) -> Ends:
     return Ends(embedding, embedding if head is None else head)
 
 
+def read_layers(target: Path, names: Iterable[str], layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Weights of the draft by `names`, each from that of the target's `layers` which stands at its place.
+
+    Raises ModelUnsupported where the target has none.
+    """
+    found: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as files:
+        opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(target.glob("*.safetensors"))]
+        stored = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
+        for name in names:
+            wanted = _stored_name(name, layers)
+            key = wanted if wanted in stored else wanted.partition(".")[2]  # some files leave the first part out
+            if key not in stored:
+                raise ModelUnsupported(f"{target.name} has no weight {wanted} that a draft could start from")
+            found[name] = stored[key].get_tensor(key).float()
+    return found
+
+
+def _stored_name(name: str, layers: tuple[int, ...]) -> str:
+    """`name` with the number of the draft's layer replaced by that of the target's."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is not None:
+        parts[at] = str(layers[int(parts[at])])
+    return ".".join(parts)
+
+
 def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.dtype, attention: str) -> Any:
     """The draft as a transformers model in `dtype`, in evaluation mode. Raises ModelUnsupported for another target."""
     manifest = read_manifest(config)
@@ -126,14 +160,20 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
             f"{directory.name} was trained for {manifest.target}; {target.name} has other embeddings"
         )
     weights = load_file(directory / "model.safetensors")
-    input_projection, output_projection = weights.pop("input_projection"), weights.pop("output_projection")
+    input_projection, output_projection = weights.pop("input_projection", None), weights.pop("output_projection")
     head_ids = weights.pop("head_ids").long()
     module = skeleton(config, attention)
     missing, unexpected = module.load_state_dict(weights, strict=False)
     embedding_names = set(_names_of(module, module.get_input_embeddings(), module.get_output_embeddings()))
-    if unexpected or set(missing) - embedding_names:
-        raise ModelUnsupported(f"{directory.name} lacks weights or has others: {sorted(missing)} {unexpected}")
-    embedding = ends.embedding.float() @ input_projection.float().T
+    lacking = sorted(set(missing) - embedding_names)
+    if lacking and manifest.kind == EARLY_EXIT:
+        module.load_state_dict(read_layers(target, lacking, tuple(manifest.layers)), strict=False)
+        lacking = []
+    if unexpected or lacking:
+        raise ModelUnsupported(f"{directory.name} lacks weights or has others: {lacking} {unexpected}")
+    embedding = ends.embedding.float()
+    if input_projection is not None:
+        embedding = embedding @ input_projection.float().T
     head = ends.head[head_ids].float() @ output_projection.float()
     module.set_input_embeddings(torch.nn.Embedding(len(embedding), embedding.shape[1], _weight=embedding, _freeze=True))
     module.set_output_embeddings(ReducedHead(head, head_ids, manifest.vocab_size))

@@ -12,7 +12,7 @@ from services.common.errors import ConfigError
 from services.common.worker_config import DTYPES
 
 STAGES = ("all", "self-play", "train", "evaluate")
-KINDS = ("model", "early_exit", "mtp")
+KINDS = ("model", "early_exit")
 LOSSES = ("kl", "tv")
 
 
@@ -24,7 +24,11 @@ class TrainingConfig:
     out: str = setting("", "Directory of the draft; self-play and checkpoints lie below it. Run again, it goes on.")
     self_play: str = setting("", "Directory of the self-play instead of OUT/self-play; several runs may share one.")
     stage: str = setting("all", "What to do of it.", choices=STAGES)
-    kind: str = setting("model", "What to train.", choices=KINDS)
+    kind: str = setting(
+        "model",
+        "model: layers of its own. early_exit: the target's, with a norm and projection trained.",
+        choices=KINDS,
+    )
     device: str = setting("cpu", "`cpu` or `cuda`.")
     dtype: str = setting(
         "auto",
@@ -36,7 +40,7 @@ class TrainingConfig:
     seed: int = setting(0, "Of everything that is drawn.")
     max_minutes: float = setting(0.0, "Stop, resumably, after so many minutes; 0: when all is done.")
     self_play_tokens: int = setting(10_000_000, "Tokens of self-play to write in all.")
-    num_sequences: int = setting(0, "Conversations written at once; 0: 32 on CPU, 512 on CUDA.")
+    num_sequences: int = setting(0, "Conversations written at once; 0: 96 on CPU, 512 on CUDA.")
     max_conversation_len: int = setting(1024, "Most tokens of a conversation.")
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
@@ -72,6 +76,8 @@ class TrainingConfig:
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise ConfigError(f"{name}: {value} is not between {low} and {high}")
+        if self.kind == "early_exit" and self.width:
+            raise ConfigError("width: an early exit is as wide as its target; leave it out")
         self.layer_indices  # noqa: B018 - raises where they are malformed
 
     @property

@@ -45,9 +45,15 @@ _MAX_LOOP_LEN = 32
 class Lengths:
     """Limits in tokens."""
 
-    max_conversation: int = 1024
-    max_instruction: int = 128
-    max_answer: int = 256
+    max_conversation: int
+
+    @property
+    def max_instruction(self) -> int:
+        return min(128, self.max_conversation // 4)
+
+    @property
+    def max_answer(self) -> int:
+        return min(256, self.max_conversation // 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from services.common.errors import ConfigError
 from services.engine.training.conversation import Origin
 from services.engine.training.shards import ShardReader, Transcript, has_row
 
-HELD_OUT_EVERY = 50
+HELD_OUT_EVERY = 25
 """Of so many conversations one is never trained on."""
 _LEN_STEP = 64
 """Conversations are batched with others of about their length: padding is computed too."""

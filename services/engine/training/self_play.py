@@ -55,7 +55,10 @@ class _Player:
 
 
 class SelfPlay:
-    """`num_sequences` conversations at a time, each replaced by the next when it ends."""
+    """`num_sequences` conversations at a time, each replaced by the next when it ends.
+
+    A forward takes `step_sequences` of them, neighbours in length: on CPU attention pads to the longest beside it.
+    """
 
     def __init__(
         self,
@@ -64,26 +67,32 @@ class SelfPlay:
         start: Callable[[int], Conversation],
         *,
         num_sequences: int,
+        step_sequences: int,
         first_number: int = 0,
     ) -> None:
         """`start` makes a conversation by its number. The pool must hold `num_sequences` of the longest."""
         self._runner, self._blocks, self._start = runner, blocks, start
-        self._num_sequences = num_sequences
+        self._num_sequences, self._step_sequences = num_sequences, step_sequences
         self.next_number = first_number
         self._players: list[_Player] = []
 
     def step(self) -> list[Transcript]:
-        """One forward: a token more of every conversation. Returns those that ended."""
+        """A token more of every conversation. Returns those that ended."""
         while len(self._players) < self._num_sequences:
             self._players.append(self._new_player())
-        works = [self._work(player) for player in self._players]
+        by_len = sorted(self._players, key=lambda player: len(player.sequence))
+        for start in range(0, len(by_len), self._step_sequences):
+            self._forward(by_len[start : start + self._step_sequences])
+        return self._take_ended()
+
+    def _forward(self, players: list[_Player]) -> None:
+        works = [self._work(player) for player in players]
         logits = self._runner.forward(works)
-        drawn = draw(logits, [player.conversation for player in self._players])
-        for i, (player, work) in enumerate(zip(self._players, works, strict=True)):
+        drawn = draw(logits, [player.conversation for player in players])
+        for i, (player, work) in enumerate(zip(players, works, strict=True)):
             player.sequence.num_cached += work.num_new_tokens
             player.rows.append(Rows(*(part[i] for part in drawn.rows)))
             player.conversation.add(int(drawn.token_ids[i]))
-        return self._take_ended()
 
     def stop(self) -> Iterator[Transcript]:
         """Ends all conversations where they are; those that have said something are returned."""

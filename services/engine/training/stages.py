@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.common.config import cache_dir
-from services.common.errors import ConfigError
 from services.engine import digest
 from services.engine.prepare import resolve_model
 from services.engine.progress import Reporter
@@ -32,8 +31,6 @@ def run(config: TrainingConfig, reporter: Reporter | None = None, stop: Stop | N
     if stop is None:
         stop = Stop(config.max_minutes)
         stop.listen()
-    if config.kind != "model":
-        raise ConfigError(f"kind: {config.kind} cannot be trained yet")
     directory = resolve_model(config.target, cache_dir(), reporter)
     shards = Path(config.self_play) if config.self_play else Path(config.out) / "self-play"
     store = ShardStore(shards, digest.model_digest(directory))

@@ -1,24 +1,23 @@
 """The model in training: layers taken from the target, between its frozen embedding and part of its frozen head.
 
 Owns: what is trained, how it starts, and the directory it is exported to (services.engine.trained_draft reads it). Must
-not know: data, losses, schedules. The two projections start as the identity and cost nothing later: they are multiplied
-into embedding and head when the draft is loaded.
+not know: data, losses, schedules. An early exit's layers stay the target's: only what follows them learns. The two
+projections start as the identity and cost nothing later: they are multiplied into embedding and head when the draft is
+loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from services.common.errors import ConfigError, ModelUnsupported
-from services.engine.trained_draft import SECTION, Ends, Manifest, skeleton
+from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, read_layers, skeleton
 
 PROJECTIONS = ("input_projection", "output_projection")
 
@@ -29,9 +28,10 @@ class Student(torch.nn.Module):
     embedding: Tensor
     head: Tensor
 
-    def __init__(self, config: Any, ends: Ends, head_ids: Tensor) -> None:
+    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, kind: str = "model") -> None:
         """`config`: of the student, see `student_config`. Weights are random until `start_from` or a checkpoint."""
         super().__init__()
+        self._kind = kind
         self.config, hidden = config, ends.embedding.shape[1]
         self.causal = skeleton(config, "sdpa")
         self.base = self.causal.base_model
@@ -41,16 +41,26 @@ class Student(torch.nn.Module):
         self.head_ids = head_ids
         self.input_projection = _projection(width, hidden)
         self.output_projection = _projection(hidden, width)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trained().values():
+            parameter.requires_grad_(True)
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by the names they are exported under."""
+        if self._kind == EARLY_EXIT:
+            around = {name: p for name, p in self.causal_parameters().items() if not _in_layer(name)}
+            return around | {"output_projection": self.output_projection}
+        return self.causal_parameters() | {name: getattr(self, name) for name in PROJECTIONS}
+
+    def causal_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those of layers and norms, without embedding and head."""
         ends = {
             id(p)
             for m in (self.causal.get_input_embeddings(), self.causal.get_output_embeddings())
             for p in m.parameters()
         }
-        layers = {name: p for name, p in self.causal.named_parameters() if id(p) not in ends}
-        return layers | {name: getattr(self, name) for name in PROJECTIONS}
+        return {name: p for name, p in self.causal.named_parameters() if id(p) not in ends}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Causal over each line; padding behind a line's end changes nothing before it."""
@@ -73,6 +83,10 @@ class Student(torch.nn.Module):
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.trained().items()}
         weights["head_ids"] = self.head_ids.to("cpu", torch.int32)
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _projection(rows: int, columns: int) -> torch.nn.Parameter:
@@ -120,24 +134,9 @@ def start_from(student: Student, target_dir: Path, layers: tuple[int, ...], widt
     """Copies the weights of the target's `layers` and of what surrounds them; another width starts at random."""
     if width and width != student.embedding.shape[1]:
         return
-    with contextlib.ExitStack() as files, torch.no_grad():
-        opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(target_dir.glob("*.safetensors"))]
-        stored = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
-        for name, parameter in student.trained().items():
-            if name in PROJECTIONS:
-                continue
-            wanted = _stored_name(name, layers)
-            key = wanted if wanted in stored else wanted.partition(".")[2]  # some files leave the first part out
-            found = stored[key].get_tensor(key) if key in stored else None
-            if found is None or found.shape != parameter.shape:
-                raise ModelUnsupported(f"kind: the target has no weight {wanted} for its draft to start from")
-            parameter.copy_(found.float())
-
-
-def _stored_name(name: str, layers: tuple[int, ...]) -> str:
-    """`name` with the number of the student's layer replaced by that of the target's."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is not None:
-        parts[at] = str(layers[int(parts[at])])
-    return ".".join(parts)
+    parameters = student.causal_parameters()
+    with torch.no_grad():
+        for name, found in read_layers(target_dir, parameters, layers).items():
+            if found.shape != parameters[name].shape:
+                raise ModelUnsupported(f"kind: the target's weight for {name} has the shape {tuple(found.shape)}")
+            parameters[name].copy_(found)

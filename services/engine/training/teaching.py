@@ -18,7 +18,7 @@ from services.engine import digest
 from services.engine.models import load_config, torch_device
 from services.engine.paged_model import EngineOptions, load_engine
 from services.engine.progress import Reporter
-from services.engine.trained_draft import Manifest, read_ends
+from services.engine.trained_draft import EARLY_EXIT, Manifest, read_ends
 from services.engine.training import checkpoint, report
 from services.engine.training.checkpoint import Progress
 from services.engine.training.config import TrainingConfig
@@ -70,8 +70,8 @@ class Teaching:
             head_ids = torch.from_numpy(chosen)
         layers, width = self._config.layer_indices, self._config.width
         torch.manual_seed(self._config.seed)
-        student = Student(student_config(load_config(self._target), layers, width), ends, head_ids)
-        if not resumes:
+        student = Student(student_config(load_config(self._target), layers, width), ends, head_ids, self._config.kind)
+        if not resumes or self._config.kind == EARLY_EXIT:  # whose layers no checkpoint holds
             start_from(student, self._target, layers, width)
         trainer = Trainer(student, self._recipe(), self._device, vocab_size, done)
         if resumes:
@@ -103,6 +103,8 @@ class Teaching:
             embedding_digest=read_ends(self._target).digest,
             vocab_digest=digest.directory_vocab_digest(self._target),
             vocab_size=len(student.embedding),
+            kind=self._config.kind,
+            layers=self._config.layer_indices,
         )
         student.export(self._out, manifest, torch.bfloat16)
         figures = trainer.figures(lesson.corpus)

@@ -117,7 +117,7 @@ class Trainer:
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(list(self._trained.values()), _MAX_NORM)
         self._optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def _rate(self) -> float:
         """Share of the highest learning rate: a rising line, then half a cosine down, over the tokens to train on."""

@@ -29,6 +29,8 @@ from services.engine.training.shards import ShardStore, Transcript
 from services.engine.training.stop import Stop
 
 BLOCK_SIZE = 16
+STEP_SEQUENCES = 32
+"""Conversations of a forward on CPU."""
 
 
 class Written(NamedTuple):
@@ -75,7 +77,7 @@ def dtype_of(config: TrainingConfig) -> str:
 
 
 def sequences_of(config: TrainingConfig) -> int:
-    return config.num_sequences or (32 if config.device == "cpu" else 512)
+    return config.num_sequences or (96 if config.device == "cpu" else 512)
 
 
 def write_self_play(
@@ -90,6 +92,7 @@ def write_self_play(
         BlockManager(engine.num_blocks, engine.block_size),
         _starter(config, tokenizer, chat_frame(tokenizer, engine.eos_token_ids)),
         num_sequences=sequences_of(config),
+        step_sequences=STEP_SEQUENCES if config.device == "cpu" else sequences_of(config),
         first_number=max((info.next_number for info in infos), default=0),
     )
     waiting: list[Transcript] = []
