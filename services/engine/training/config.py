@@ -50,7 +50,7 @@ class TrainingConfig:
         "kl", "kl: forward KL on the target's top 64 and the rest; tv: total variation.", choices=LOSSES
     )
     train_tokens: int = setting(40_000_000, "Tokens to train on in all; those of the self-play are used repeatedly.")
-    batch_tokens: int = setting(4096, "Tokens of a training step.")
+    batch_tokens: int = setting(2048, "Tokens of a training step.")
     learning_rate: float = setting(1e-3, "Highest learning rate of AdamW.")
     checkpoint_minutes: float = setting(2.0, "Time between checkpoints.")
     num_draft_tokens: int = setting(5, "Draft length that the evaluation reports.")

@@ -103,7 +103,7 @@ class Trainer:
         done.next_batch += 1
         done.num_tokens += batch.num_tokens
         done.trained_s += time.perf_counter() - started
-        done.last_loss = loss if not done.last_loss else 0.98 * done.last_loss + 0.02 * loss
+        done.last_loss += max(0.02, 1 / done.num_steps) * (loss - done.last_loss)
 
     def _step(self, batch: Batch) -> float:
         for group in self._optimizer.param_groups:

@@ -17,7 +17,7 @@ import transformers
 
 from services.engine.block_manager import BlockManager
 from services.engine.models import load_config, torch_device
-from services.engine.packed_linear import can_pack
+from services.engine.packed_linear import can_pack, pack_linear_layers
 from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
 from services.engine.progress import Reporter
 from services.engine.training.chat_frame import ChatFrame, chat_frame, load_tokenizer
@@ -29,7 +29,7 @@ from services.engine.training.shards import ShardStore, Transcript
 from services.engine.training.stop import Stop
 
 BLOCK_SIZE = 16
-STEP_SEQUENCES = 32
+STEP_SEQUENCES = 48
 """Conversations of a forward on CPU."""
 
 
@@ -43,7 +43,7 @@ class Written(NamedTuple):
 def load_writer(config: TrainingConfig, directory: Path, cache_dir: Path, reporter: Reporter) -> PagedEngine:
     """The target, with a pool for `num_sequences` conversations of full length."""
     num_sequences = sequences_of(config)
-    return load_engine(
+    engine = load_engine(
         EngineOptions(
             model=str(directory),
             cache_dir=cache_dir,
@@ -56,6 +56,10 @@ def load_writer(config: TrainingConfig, directory: Path, cache_dir: Path, report
         ),
         reporter,
     )
+    if config.device == "cpu" and torch.backends.mkldnn.is_available():
+        # Many rows at once: oneDNN's layout pays in float32 too, and no tokens are promised here.
+        pack_linear_layers(engine.runner.model.module)
+    return engine
 
 
 def eos_ids(directory: Path) -> frozenset[int]:
