@@ -130,7 +130,7 @@ class Cluster:
         threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
-        self._start_service("draft", draft_flags(spec, draft, threads.draft), threads.draft)
+        self._start_service("draft", draft_flags(spec, draft, threads.draft, target.directory), threads.draft)
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
             self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
@@ -191,8 +191,10 @@ def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[
     return flags
 
 
-def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int) -> list[str]:
+def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int, target: str = "") -> list[str]:
     flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
+    if model is not None and target:
+        flags += ["--draft-target", target]
     if spec.drafter == SIMULATED:
         flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
         flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]

@@ -56,7 +56,7 @@ def load_writer(config: TrainingConfig, directory: Path, cache_dir: Path, report
         ),
         reporter,
     )
-    if config.device == "cpu" and torch.backends.mkldnn.is_available():
+    if config.device == "cpu" and torch._C._has_mkldnn:
         # Many rows at once: oneDNN's layout pays in float32 too, and no tokens are promised here.
         pack_linear_layers(engine.runner.model.module)
     return engine
