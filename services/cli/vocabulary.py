@@ -29,7 +29,8 @@ def digest_of(directory: str) -> str:
 
 def _stated(directory: Path) -> str | None:
     """The digest that a trained draft names, which has no tokenizer of its own; None for any other model."""
-    config = json.loads((directory / "config.json").read_text())
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
     return str(config["outrider_draft"]["vocab_digest"]) if "outrider_draft" in config else None
 
 
