@@ -88,7 +88,6 @@ class FallbackDrafter:
         for lookup in self._lookups:
             lookup.step([draft])
             if draft.drafted:
-                draft.deferred = draft not in self._opening
                 return True
             draft.num_missing_tokens = num_missing
         self._passed_on.add(draft)
