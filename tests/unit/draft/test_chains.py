@@ -60,10 +60,10 @@ class Staged(Bench):
     def __init__(self, kind: str, num_blocks: int = 64, num_draft_tokens: int = 3) -> None:
         self.blocks, self.smaller_blocks = BlockManager(num_blocks, 4), BlockManager(num_blocks, 4)
         self.model = HashVerifier(self.blocks)
-        drafter = StagedDrafter(
+        self.drafter = StagedDrafter(
             self._smaller(kind), self.model, self.blocks, num_draft_tokens=num_draft_tokens, clock=ManualClock()
         )
-        super().__init__(drafter)
+        super().__init__(self.drafter)
 
     def _smaller(self, kind: str) -> Drafter:
         match kind:
@@ -237,4 +237,13 @@ def test_a_chain_proposes_what_lookup_or_model_would_whatever_came_before(prefix
 def test_a_staged_drafter_proposes_what_its_model_would_whatever_came_before(
     prefixes, rounds, kind, num_blocks
 ) -> None:
-    check_rounds(Staged(kind, num_blocks), prefixes, rounds, drafted_continuation)
+    staged = Staged(kind, num_blocks)
+
+    def expected(tokens: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        for draft, inner in staged.drafter._inners.items():
+            assert inner.draft.sequence.num_committed == draft.sequence.num_committed
+            committed = draft.sequence.tokens[: draft.sequence.num_committed]
+            assert inner.draft.sequence.tokens[: len(committed)] == committed
+        return drafted_continuation(tokens, num_tokens)
+
+    check_rounds(staged, prefixes, rounds, expected)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from services.common.values import SamplingParams, VerificationMethod
 from services.engine.drafters import suffix
 from services.engine.drafters.base import Draft
+from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.output_memory import OutputMemory
 from services.engine.drafters.suffix import MAX_DEPTH, SuffixDrafter, SuffixPolicy
 from services.engine.sequence import Sequence
@@ -135,6 +136,16 @@ def test_drafted_tokens_are_not_learnt_from() -> None:
     assert propose(drafter, draft, 1) == (3,)
     drafter.commit(draft, draft.commit((4, 1)))
     assert propose(drafter, draft, 1) == (7,), "the latest of two that came as often"
+
+
+@pytest.mark.parametrize("drafter", [SuffixDrafter(), NgramDrafter()], ids=lambda drafter: drafter.kind)
+def test_tokens_of_another_draft_are_matched_but_not_learnt_from(drafter) -> None:
+    draft = opened(drafter, new_draft([1, 2, 3]))
+    draft.sequence.tokens += [1, 9, 1]  # as a staged drafter's model has them, uncommitted
+    drafter.commit(draft, 3)
+    draft.request(1)
+    drafter.step([draft])
+    assert draft.sequence.tokens[6:] == [2]
 
 
 def test_without_a_memory_nothing_is_kept() -> None:
