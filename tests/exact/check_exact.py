@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from services.cli.cluster import Cluster, ClusterSpec, prepare_model
 from services.client.client import OutriderClient
 from services.client.values import Chat, GenerateOptions
+from services.common.drafters import needs_model, parse_chain
 from services.common.values import SamplingParams
 from tests.exact.reference import Difference, Reference
 
@@ -189,7 +190,7 @@ def check(
         bar = progress.add_task("cases", total=len(cases))
         plain: dict[float, list[tuple[int, ...]]] = {0.0: greedy} if greedy else {}
         for drafter in dict.fromkeys(case.drafter for case in cases):
-            draft = str(random_draft(model, Path(folder))) if drafter == "model" else ""
+            draft = str(random_draft(model, Path(folder))) if needs_model(parse_chain(drafter)) else ""
             spec = ClusterSpec(target=str(model), draft=draft, drafter=drafter, dtype=dtype, threads=num_threads)
             with Cluster(spec) as cluster:
                 for case in (case for case in cases if case.drafter == drafter):
