@@ -14,14 +14,16 @@ from transformers import PreTrainedModel
 
 from services.common.values import SamplingParams, VerificationMethod
 from services.engine.drafters.base import Drafter
+from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.suffix import SuffixDrafter, SuffixPolicy
 from services.engine.processing import Row
 from services.engine.sampler import Sampler
 from services.engine.step import Sampled, Work
 from services.engine.verifier import Verifier
 from tests.distribution.chains import NUM_TOKENS, count_cells, tell_lies
 from tests.distribution.chi_square import LEAST_P, p_value
-from tests.distribution.engine import draft_core, generate, model_drafter, target_core
+from tests.distribution.engine import draft_core, generate, model_drafter, staged_drafter, target_core
 from tests.tiny_models import build_model
 from tests.unit.engine.processing_reference import reference
 from tests.unit.engine.sampling_builders import sequence
@@ -63,6 +65,12 @@ def drafter_of(kind: str, target: PreTrainedModel) -> Drafter:
             return model_drafter(target, Sampler())
         case "lying":
             return model_drafter(near, LyingSampler())
+        case "staged":
+            return staged_drafter(model_drafter(stranger, Sampler()), near)
+        case "staged-deterministic":
+            return staged_drafter(NgramDrafter(), near)
+        case "chain":
+            return FallbackDrafter([SuffixDrafter(SuffixPolicy(min_match=2))], model_drafter(near, Sampler()))
     return NgramDrafter()
 
 
@@ -90,6 +98,9 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
         ("identical", "top_k"),
         ("deterministic", "penalties"),
         ("lying", "penalties"),
+        ("staged", "penalties"),
+        ("staged-deterministic", "top_k"),
+        ("chain", "top_k"),
     ],
 )
 def test_generated_tokens_have_the_targets_joint_distribution(target, method, kind, processing):
