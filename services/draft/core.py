@@ -125,8 +125,7 @@ class DraftCore:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where blocks and open sequences contradict each other."""
-        if self._drafter.blocks:
-            self._drafter.blocks.check_integrity(slot.sequence for slot in self._table.slots)
+        self._drafter.check_integrity([slot.draft for slot in self._table.slots])
 
     def step(self) -> Results:
         """Computes one step of the drafter; returns what it completed."""

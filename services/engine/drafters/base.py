@@ -116,6 +116,10 @@ class Drafter(Protocol):
         """Whether a step would get anything done."""
         ...
 
+    def check_integrity(self, drafts: list[Draft]) -> None:
+        """Raises IntegrityError where the pool and `drafts`, all that are open, contradict each other."""
+        ...
+
     def step(self, drafts: list[Draft]) -> list[Draft]:
         """Computes one device step for `drafts`, all that are open, oldest first. Returns those that took part."""
         ...

@@ -61,6 +61,9 @@ class ModelDrafter:
         self._blocks.share(draft.sequence)
         self._blocks.free(draft.sequence)
 
+    def check_integrity(self, drafts: list[Draft]) -> None:
+        self._blocks.check_integrity(draft.sequence for draft in drafts)
+
     def is_ready(self, draft: Draft) -> bool:
         return draft.sequence.num_uncached_tokens <= 1
 

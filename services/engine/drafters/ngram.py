@@ -76,6 +76,9 @@ class NgramDrafter:
     def close(self, draft: Draft) -> None:
         del self._indexes[draft]
 
+    def check_integrity(self, drafts: list[Draft]) -> None:
+        """There is no pool."""
+
     def is_ready(self, draft: Draft) -> bool:
         return True
 
