@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from services.engine.vocabulary import Roles, Vocabulary
+from services.engine.vocabulary_pair import VocabularyPair
 from tests.tiny_models import build_model
 
 SENTENCES = {
-    "sea": "The ships sail over the sea and the sailors sing. Naïve gulls cry: “land, land!” 12 of them, 345 feet high.",
+    "sea": "The ships sail over the sea and the sailors sing. Naïve gulls cry: “land, land!” 12 of them, 345 feet up.",
     "code": "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 2))  # über 100 € – the sea\n",
 }
 
@@ -84,11 +87,23 @@ def with_markers(tokenizer: Tokenizer, *markers: str) -> Tokenizer:
     return tokenizer
 
 
-def save_pair_member(path: Path, family: str, tokenizer: Tokenizer, *, seed: int = 0, eos: str = "<eos>") -> Path:
-    """A tiny random model of `family` with that tokenizer, as a directory that the services load."""
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
+def twin(model: transformers.PreTrainedModel, pair: VocabularyPair, size: int, seed: int = 9) -> Any:
+    """The same model over a draft's vocabulary of `size` tokens: shared ones have the same rows, the others random."""
+    family = {"llama": "llama", "gpt2": "gpt2"}[model.config.model_type]
+    draft = build_model(family, vocab_size=size, seed=seed, peakedness=0.5)
+    theirs, mine = model.state_dict(), draft.state_dict()
+    rows = torch.tensor(list(pair.target_id_of.items()))
+    for name, weight in theirs.items():
+        if weight.shape == mine[name].shape:
+            mine[name].copy_(weight)
+        else:
+            mine[name][rows[:, 0]] = weight[rows[:, 1]]
+    return draft
+
+
+def save_with(path: Path, model: transformers.PreTrainedModel, tokenizer: Tokenizer, eos: str) -> Path:
+    """Model and tokenizer as a directory that the services load; returns it."""
     eos_id = tokenizer.token_to_id(eos)
-    model = build_model(family, vocab_size=size, seed=seed)
     for config in (model.config, model.generation_config):
         config.bos_token_id = config.eos_token_id = eos_id
     model.save_pretrained(path)

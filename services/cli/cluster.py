@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from services.cli.failure import CommandFailed
 from services.cli.processes import Process, output_of
-from services.cli.vocabulary import check_pair
+from services.cli.vocabulary import differ
 
 SIMULATED = "simulated"
 DRAFTERS = ("ngram", "model", "simulated")
@@ -125,12 +125,12 @@ class Cluster:
         check_ports(spec.coordinator_port, spec.draft_port, spec.target_port)
         target = prepare_model(spec.target)
         draft = prepare_model(spec.draft) if spec.drafter == "model" else None
-        if spec.drafter != "ngram":
-            check_pair(target.directory, draft.directory if draft else SIMULATED)
+        translates = spec.drafter != "ngram" and differ(target.directory, draft.directory if draft else SIMULATED)
         threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
-        self._start_service("draft", draft_flags(spec, draft, threads.draft), threads.draft)
+        tokenizer = target.directory if translates else ""
+        self._start_service("draft", draft_flags(spec, draft, threads.draft, tokenizer), threads.draft)
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
             self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
@@ -191,11 +191,14 @@ def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[
     return flags
 
 
-def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int) -> list[str]:
+def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int, target_tokenizer: str = "") -> list[str]:
+    """`target_tokenizer`: the target's directory, where the draft's vocabulary is another."""
     flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
     if spec.drafter == SIMULATED:
         flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
         flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]
+    if target_tokenizer:
+        flags += ["--target-tokenizer", target_tokenizer]
     return flags
 
 
