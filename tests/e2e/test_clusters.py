@@ -145,7 +145,8 @@ def test_a_pair_with_too_small_a_common_vocabulary_is_refused_at_the_start(tmp_p
     save_model(tmp_path / "target")
     save_model(tmp_path / "draft", vocab_size=3)
     models = ("--target", str(tmp_path / "target"), "--drafter", "model", "--draft", str(tmp_path / "draft"))
-    done = run_alone(tmp_path, "up", *models)
+    ports = [word for name in ("coordinator", "draft", "target") for word in (f"--{name}-port", "0")]
+    done = run_alone(tmp_path, "up", *models, *ports)
     assert done.returncode == 1
     assert "min_vocab_overlap: 0.1 is not reached: 2 of the draft's 3 tokens" in done.stderr
     assert "Traceback" not in done.stderr
