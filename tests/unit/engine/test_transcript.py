@@ -60,10 +60,10 @@ def encoded_at_once(pair: VocabularyPair, target_ids: list[int]) -> list[int]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from(sorted(PAIRS)), TEXTS, st.lists(st.integers(1, 40)), st.data())
-def test_own_ids_that_grow_are_those_of_the_whole_text(name, text, sizes, data) -> None:
+@given(st.sampled_from(sorted(PAIRS)), st.integers(0, 3), TEXTS, st.lists(st.integers(1, 40)), st.data())
+def test_own_ids_that_grow_are_those_of_the_whole_text(name, num_sentences, text, sizes, data) -> None:
     pair = PAIRS[name]
-    ids = pair.target.encode(text)
+    ids = pair.target.encode("the sailors add(land) to the sea, 12 € naïve " * num_sentences + text)
     for token_id in data.draw(st.lists(st.sampled_from(sorted(pair.target.special)), max_size=3)):
         ids.insert(data.draw(st.integers(0, len(ids))), token_id)
     transcript, own, start, num_stable = Transcript(pair), [], 0, 0
