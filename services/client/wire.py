@@ -11,6 +11,7 @@ from services.client.values import (
     Chat,
     GenerateOptions,
     Prompt,
+    Round,
     ServedModel,
     SessionRecord,
     Statistics,
@@ -110,6 +111,17 @@ def statistics_from_proto(message: coordinator_pb2.GenerationStatistics) -> Stat
         lossy=message.lossy,
         num_replaced_tokens=message.num_replaced_tokens,
         num_replaced_rows=message.num_replaced_rows,
+        rounds=tuple(_round_from_proto(entry) for entry in message.rounds),
+    )
+
+
+def _round_from_proto(message: coordinator_pb2.RoundStatistics) -> Round:
+    return Round(
+        token_offset=message.token_offset,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
+        draft_ms=message.draft_ms,
+        verify_ms=message.verify_ms,
     )
 
 

@@ -162,7 +162,7 @@ class Generation:
             return
         verified = await self._target.verify(proposed.proposal)
         kept = self._trim(verified)
-        self._statistics.round(proposed, verified, len(kept.token_ids), self._lap_ns())
+        self._statistics.round(proposed, verified, len(kept.token_ids), self._lap_ns(), kept.offset)
         await self._commit_and_emit(kept)
 
     async def _decode(self) -> None:

@@ -136,6 +136,7 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
         lossy=statistics.lossy,
         num_replaced_tokens=statistics.num_replaced_tokens,
         num_replaced_rows=statistics.num_replaced_rows,
+        rounds=[pb.RoundStatistics(**fields._asdict()) for fields in statistics.rounds],
     )
 
 
