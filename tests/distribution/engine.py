@@ -19,8 +19,10 @@ from services.common.items import Close, Decode, Identity, Open, Propose, Propos
 from services.common.values import ModelInfo, SamplingParams, VerificationMethod, derive_draft_seed
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
+from services.engine.draft_verifier import DraftVerifier
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.model import ModelDrafter
+from services.engine.drafters.staged import StagedDrafter
 from services.engine.drafters.translated import TranslatedDrafter
 from services.engine.model_runner import ModelRunner
 from services.engine.models import probe_model
@@ -70,6 +72,13 @@ def translated_drafter(module: PreTrainedModel, pair: VocabularyPair, greedy_by_
     return TranslatedDrafter(
         inner, pair, max_own_len=module.config.max_position_embeddings, greedy_by_text=greedy_by_text
     )
+
+
+def staged_drafter(smaller: Drafter, module: PreTrainedModel) -> StagedDrafter:
+    """Proposals of 3 tokens come of up to 3 inner rounds."""
+    engine = paged_engine(module)
+    model, blocks = PagedTargetModel(engine, DraftVerifier()), BlockManager(engine.num_blocks, engine.block_size)
+    return StagedDrafter(smaller, model, blocks, num_draft_tokens=2)
 
 
 def generate(

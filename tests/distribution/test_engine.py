@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from services.common.values import SamplingParams, VerificationMethod
 from services.engine.drafters.base import Drafter
+from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.suffix import SuffixDrafter, SuffixPolicy
 from services.engine.processing import Row
 from services.engine.sampler import Sampler
 from services.engine.step import Sampled, Work
@@ -22,7 +24,14 @@ from services.engine.verifier import Verifier
 from services.engine.vocabulary_pair import match_vocabularies
 from tests.distribution.chains import NUM_TOKENS, count_cells, tell_lies
 from tests.distribution.chi_square import LEAST_P, p_value
-from tests.distribution.engine import draft_core, generate, model_drafter, target_core, translated_drafter
+from tests.distribution.engine import (
+    draft_core,
+    generate,
+    model_drafter,
+    staged_drafter,
+    target_core,
+    translated_drafter,
+)
 from tests.tiny_models import build_model
 from tests.unit.engine.processing_reference import reference
 from tests.unit.engine.sampling_builders import sequence
@@ -71,6 +80,12 @@ def drafter_of(kind: str, target: PreTrainedModel) -> Drafter:
         case "translated":
             pair = match_vocabularies(vocabulary(characters(OTHER_TOKENS)), vocabulary(characters(TOKENS)))
             return translated_drafter(twin(near, pair, len(OTHER_TOKENS)), pair)
+        case "staged":
+            return staged_drafter(model_drafter(stranger, Sampler()), near)
+        case "staged-deterministic":
+            return staged_drafter(NgramDrafter(), near)
+        case "chain":
+            return FallbackDrafter([SuffixDrafter(SuffixPolicy(min_match=2))], model_drafter(near, Sampler()))
     return NgramDrafter()
 
 
@@ -100,6 +115,9 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
         ("lying", "penalties"),
         ("translated", "penalties"),
         ("translated", "top_k"),
+        ("staged", "penalties"),
+        ("staged-deterministic", "top_k"),
+        ("chain", "top_k"),
     ],
 )
 def test_generated_tokens_have_the_targets_joint_distribution(target, method, kind, processing):

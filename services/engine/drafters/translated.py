@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from services.common.values import ModelInfo, SparseRow
 from services.engine.block_manager import BlockManager
-from services.engine.drafters.base import Draft
+from services.engine.drafters.base import Draft, Pool
 from services.engine.drafters.model import ModelDrafter
 from services.engine.own_sequence import OwnSequence
 from services.engine.transcript import Transcript, continuation
@@ -60,7 +60,7 @@ class _OwnDraft(Draft):
 
     def follow(self) -> None:
         """Takes over what is asked of the outer draft."""
-        self.awaited = self.outer.awaited
+        self.awaited, self.deferred = self.outer.awaited, self.outer.deferred
         if not self.by_text:
             self.num_missing_tokens = self.outer.num_missing_tokens
         elif self.outer.num_missing_tokens and not self.num_missing_tokens:
@@ -147,8 +147,8 @@ class TranslatedDrafter:
     def blocks(self) -> BlockManager:
         return self._inner.blocks
 
-    def check_integrity(self, drafts: list[Draft]) -> None:
-        self._inner.check_integrity([self._own[draft] for draft in drafts])
+    def pools(self, drafts: list[Draft]) -> list[Pool]:
+        return self._inner.pools([self._own[draft] for draft in drafts])
 
     def open(self, draft: Draft) -> None:
         sampling = draft.sequence.sampling
@@ -169,7 +169,8 @@ class TranslatedDrafter:
     def commit(self, draft: Draft, num_kept: int) -> None:
         """Encodes the new text, and cuts the cache where own ids have changed."""
         own = self._own[draft]
-        self._acceptance.add(own.num_proposed, num_kept - own.num_read)
+        if own.num_proposed:  # another drafter of a chain may have proposed
+            self._acceptance.add(own.num_proposed, num_kept - own.num_read)
         num_kept_own = own.take_commits()
         if not own.fits:
             self._inner.close(own)
@@ -198,7 +199,10 @@ class TranslatedDrafter:
                 own.outer.end()
         taking_part = ended | {id(own) for own in self._inner.step(_following(owns))}
         for own in owns:
-            own.outer.sequence.num_cached = own.outer.sequence.num_committed - 1 if self._inner.is_ready(own) else 0
+            if self._inner.is_ready(own):
+                own.outer.sequence.num_cached = own.outer.sequence.num_committed - 1
+            elif not own.sequence.num_cached:
+                own.outer.sequence.num_cached = 0
         return [own.outer for own in owns if id(own) in taking_part]
 
 

@@ -30,7 +30,15 @@ SIMULATED = ClusterSpec(target="simulated", drafter="simulated", num_draft_token
 
 @pytest.mark.parametrize(
     ("cores", "drafter", "split"),
-    [(1, "ngram", (1, 1)), (2, "ngram", (2, 1)), (1, "model", (1, 1)), (2, "model", (1, 1)), (16, "model", (12, 4))],
+    [
+        (1, "ngram", (1, 1)),
+        (2, "ngram", (2, 1)),
+        (1, "model", (1, 1)),
+        (2, "model", (1, 1)),
+        (16, "model", (12, 4)),
+        (4, "suffix,model", (3, 1)),
+        (4, "suffix", (4, 1)),
+    ],
 )
 def test_threads_are_split_between_what_computes(cores, drafter, split):
     assert split_threads(cores, drafter) == split
@@ -50,6 +58,7 @@ def options(flags: list[str]) -> dict[str, str]:
         (draft_flags(SIMULATED, None, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/b"), DraftConfig),
+        (draft_flags(ClusterSpec(drafter="suffix,staged"), MODEL, 1), DraftConfig),
         (coordinator_flags(SIMULATED, "simulated", "unix:///s", "h:1", "h:2"), CoordinatorConfig),
     ],
 )

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from services.common.items import Decode, Identity, Open, Opened, Propose, Proposed, Tokens
 from services.common.values import SamplingParams, VerificationMethod
 from services.draft.core import DraftCore
+from services.engine.drafters.fallback import FallbackDrafter
+from services.engine.drafters.ngram import NgramDrafter
 from services.engine.transcript import rewrite
 from services.engine.verifier import Verifier
 from services.engine.vocabulary_pair import VocabularyPair, match_vocabularies
@@ -104,6 +106,16 @@ def test_tokens_are_those_of_plain_decoding(name: str, kind: str, by_text: bool)
     assert num_drafted >= len(verdicts) * 0.9
     if name == "letters":
         assert sum(verdict.num_accepted_tokens for verdict in verdicts) > 0.75 * num_drafted
+
+
+def test_behind_a_lookup_in_a_chain_the_tokens_are_those_of_plain_decoding() -> None:
+    target, draft, pair = textbook()
+    prompt = pair.target.encode("the sea and the sea and the sea")
+    samplings = [SamplingParams(temperature=0.4, seed=seed) for seed in range(4)]
+    chain = FallbackDrafter([NgramDrafter(ngram_min=2)], translated_drafter(draft, pair))
+    cores = target_core(target, Verifier(), 8, 128), draft_core(chain, 8, 128)
+    speculative = generate(*cores, prompt, samplings, VerificationMethod.COUPLED, NUM_TOKENS, 1)
+    assert speculative.tolist() == plain(target_core(target, Verifier(), 8, 128), prompt, samplings)
 
 
 class Bench:
