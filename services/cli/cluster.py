@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from services.cli.failure import CommandFailed
 from services.cli.processes import Process, output_of
-from services.cli.vocabulary import check_pair
+from services.cli.vocabulary import differ
 from services.common.drafters import LOOKUPS, needs_model, parse_chain
 
 SIMULATED = "simulated"
@@ -126,12 +126,15 @@ class Cluster:
         target = prepare_model(spec.target)
         chain = parse_chain(spec.drafter)
         draft = prepare_model(spec.draft) if needs_model(chain) else None
-        if chain[-1] not in LOOKUPS:
-            check_pair(target.directory, draft.directory if draft else SIMULATED)
+        own_tokens = chain[-1] not in LOOKUPS
+        translates = own_tokens and differ(target.directory, draft.directory if draft else SIMULATED)
         threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
-        self._start_service("draft", draft_flags(spec, draft, threads.draft, target.directory), threads.draft)
+        tokenizer = target.directory if translates else ""
+        self._start_service(
+            "draft", draft_flags(spec, draft, threads.draft, target.directory, tokenizer), threads.draft
+        )
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
             self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
@@ -192,13 +195,18 @@ def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[
     return flags
 
 
-def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int, target: str = "") -> list[str]:
+def draft_flags(
+    spec: ClusterSpec, model: PreparedModel | None, threads: int, target: str = "", target_tokenizer: str = ""
+) -> list[str]:
+    """`target`: the target's directory; `target_tokenizer`: the same, where the draft's vocabulary is another."""
     flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
     if model is not None and target:
         flags += ["--draft-target", target]
     if SIMULATED in (*parse_chain(spec.drafter), spec.draft):
         flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
         flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]
+    if target_tokenizer:
+        flags += ["--target-tokenizer", target_tokenizer]
     return flags
 
 

@@ -23,6 +23,15 @@ class DraftConfig(WorkerConfig):
     drafter: str = setting("ngram", f"How tokens are proposed: {DRAFTER_HELP}.")
     draft_target: str = setting("", "Target that a trained draft was trained for; empty: as the draft names it.")
     chain_min_match: int = setting(3, "In a chain, a lookup's match of fewer tokens is left to the next drafter.")
+    target_tokenizer: str = setting(
+        "", "The target's tokenizer, where its vocabulary is another: a directory, a Hugging Face id or `sample`."
+    )
+    min_vocab_overlap: float = setting(
+        0.1, "With target_tokenizer: least share of shared tokens in either vocabulary to start with."
+    )
+    greedy_matching: str = setting(
+        "text", "With target_tokenizer: what greedy requests are drafted by.", choices=("text", "tokens")
+    )
     ngram_max: int = setting(4, "Longest n-gram that the prompt lookup matches.")
     ngram_min: int = setting(1, "Shortest n-gram that the prompt lookup matches.")
     suffix_min_match: int = setting(1, "Suffix drafter: shortest match that yields a proposal.")
@@ -49,6 +58,10 @@ class DraftConfig(WorkerConfig):
     def __post_init__(self) -> None:
         WorkerConfig.__post_init__(self)  # a slotted dataclass has no super() without arguments
         chain = self.chain
+        if not 0 <= self.min_vocab_overlap <= 1:
+            raise ConfigError(f"min_vocab_overlap: {self.min_vocab_overlap} is not between 0 and 1")
+        if self.target_tokenizer and chain[-1] != "model":
+            raise ConfigError(f"target_tokenizer: only the drafter model can translate, not {self.drafter}")
         if self.tensor_parallel_size > 1 and chain[-1] != "model":
             raise ConfigError(f"tensor_parallel_size: the drafter {self.drafter} has no model to cut into shards")
         limits = {

@@ -36,6 +36,7 @@ from services.engine.drafters.output_memory import NODE_BYTES, OutputMemory
 from services.engine.drafters.simulated import simulated_drafter
 from services.engine.drafters.staged import StagedDrafter
 from services.engine.drafters.suffix import MAX_DEPTH, SuffixDrafter, SuffixPolicy
+from services.engine.drafters.translated import TranslatedDrafter
 from services.engine.engine_thread import EngineThread
 from services.engine.prefix_cache import model_key
 from services.engine.simulated import (
@@ -140,15 +141,22 @@ def _suffix_drafter(config: DraftConfig, min_match: int) -> SuffixDrafter:
 
 
 def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
-    from services.engine.composition import engine_of
+    from services.engine.composition import engine_of, vocabulary_pair_of
     from services.engine.paged_model import PagedDraftModel
     from services.engine.sampler import Sampler
+    from services.engine.translated_sampler import TranslatingSampler
 
+    pair = vocabulary_pair_of(config.model, config.target_tokenizer, config.min_vocab_overlap)
     engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
-    drafter = ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget)
-    return _Drafter(drafter, max_len, engine.close)
+    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler()
+    drafter = ModelDrafter(PagedDraftModel(engine, sampler), blocks, prefill_budget=config.prefill_budget)
+    if pair is None:
+        return _Drafter(drafter, max_len, engine.close)
+    by_text = config.greedy_matching == "text"
+    translated = TranslatedDrafter(drafter, pair, max_own_len=max_len, greedy_by_text=by_text)
+    return _Drafter(translated, max_len, engine.close)
 
 
 def _staged_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
