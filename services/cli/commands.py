@@ -18,6 +18,7 @@ from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.inspect import models, sessions
 from services.cli.serve import serve
+from services.cli.train_draft import train_draft
 from services.cli.up import up
 from services.common.errors import ConfigError, OutriderError
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, serve, generate, bench, demo, models, sessions):
+for _command in (up, serve, generate, bench, demo, models, sessions, train_draft):
     cli.add_command(_command)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 on a CPU, with weights laid out once for oneDNN's kernels.
+"""Linear layers on a CPU, in bfloat16 as a rule, with weights laid out once for oneDNN's kernels.
 
 Owns: which modules of a loaded model are replaced, and by what. Must not know: families of models, the pool, steps.
 
