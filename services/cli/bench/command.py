@@ -28,7 +28,7 @@ from services.cli.prompts import OWN_PROMPTS, Conversation, load_prompts, spread
 from services.cli.terminal import Stages, notices, results
 from services.client import GenerateOptions
 from services.common.errors import OutriderError
-from services.common.values import DEFAULT_NUM_DRAFT_TOKENS, VerificationMethod
+from services.common.values import VerificationMethod
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _MODES = {
@@ -157,14 +157,14 @@ def _run(where: Where, plan: LoadPlan, conversations: tuple[Conversation, ...]) 
 
 
 def _formula(where: Where, plan: LoadPlan, report: Report) -> FormulaCheck | None:
-    """Only for a simulated cluster started here, one request at a time: there the formula's assumptions hold."""
+    """Only for a simulated cluster started here, a fixed draft length and one request at a time, as it assumes."""
     spec = where.spec
     simulated = spec.target == SIMULATED and spec.drafter == SIMULATED and spec.simulated_step_ms > 0
     if where.address is not None or not simulated or plan.concurrency != 1 or plan.rate is not None:
         return None
-    num_draft_tokens = plan.options.num_draft_tokens
-    k = DEFAULT_NUM_DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
-    return check_formula(report, k, spec.simulated_token_ms / spec.simulated_step_ms)
+    if plan.options.num_draft_tokens is None:
+        return None
+    return check_formula(report, plan.options.num_draft_tokens, spec.simulated_token_ms / spec.simulated_step_ms)
 
 
 def _bench_overhead(plan: LoadPlan, conversation: Conversation, json_file: Path | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from services.common.errors import FailedPrecondition
 from services.common.values import ModelInfo, WorkerInfo, WorkerLoad
-from services.coordinator.placement import Placement
+from services.coordinator.placement import DraftPool, Placement
 
 
 @dataclass
@@ -26,13 +26,13 @@ def link(role: str, vocab: str) -> Any:
 
 @pytest.mark.parametrize("vocab", ["same", ""])
 def test_a_pair_with_one_vocabulary_is_ready(vocab):
-    placement = Placement(link("target", "same"), link("draft", vocab), "same")
+    placement = Placement(link("target", "same"), [DraftPool("d", 1.0, link("draft", vocab))], "same")
     assert placement.served[0].ready
     assert placement.choose(4).draft is not None
 
 
 def test_a_draft_of_another_vocabulary_is_refused_and_the_pair_is_not_ready():
-    placement = Placement(link("target", "same"), link("draft", "other"), "same")
+    placement = Placement(link("target", "same"), [DraftPool("d", 1.0, link("draft", "other"))], "same")
     assert not placement.served[0].ready
     with pytest.raises(FailedPrecondition, match="a draft and the target model a target differ in vocabulary"):
         placement.choose(4)
