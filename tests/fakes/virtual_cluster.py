@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from services.common.errors import OutriderError
@@ -21,7 +22,7 @@ from services.coordinator.draft_length import AdaptiveLength, DraftLength, Fixed
 from services.coordinator.generation import Generation, Links, Timeouts
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
-from services.coordinator.statistics import StatisticsCollector
+from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink, _key
@@ -89,7 +90,7 @@ class VirtualLink(WorkerLink[Any, Any]):
     def _arrive(self) -> None:
         arrived_ns = round(asyncio.get_running_loop().time() * 1e9)
         self._inbox += [(item, arrived_ns) for item in self._way_there.popleft()]
-        self._turn()
+        asyncio.get_running_loop().call_soon(self._turn)  # what was sent together arrives together
 
     def _turn(self) -> None:
         if self._busy:
@@ -146,6 +147,21 @@ class Counted(Generation):
     def num_tokens(self) -> int:
         return len(self._tokens) - self._plan.prompt_len
 
+    @property
+    def statistics(self) -> GenerationStatistics:
+        return self._snapshot()
+
+
+def _alphas(statistics: list[GenerationStatistics]) -> tuple[float, ...]:
+    accepted, verified = (
+        [sum(counts) for counts in zip_longest(*columns, fillvalue=0)]
+        for columns in (
+            [s.num_accepted_tokens_per_pos for s in statistics],
+            [s.num_verified_tokens_per_pos for s in statistics],
+        )
+    )
+    return tuple(a / v for a, v in zip(accepted, verified, strict=True))
+
 
 @dataclass
 class VirtualCluster:
@@ -174,6 +190,8 @@ class VirtualCluster:
             DraftCore(drafter, clock=clocks[1].nanoseconds, **limits), DRAFT_CODEC, clocks[1], delay_s
         )
         self.policy = LengthPolicy(lambda: self.target.load.num_sequences)
+        self.alphas: tuple[float, ...] = ()
+        """Conditional acceptance by position that the last run realised."""
         self._committer = Committer(SlowStore(times.overhead_ms / 1e3), retry_s=1.0)
 
     @staticmethod
@@ -231,6 +249,7 @@ class VirtualCluster:
         before, started_s = self._num_tokens(generations), loop.time()
         await wait_until(lambda: self._num_tokens(generations) >= before + measured * num_sequences, FOREVER_S)
         rate = (self._num_tokens(generations) - before) / (loop.time() - started_s)
+        self.alphas = _alphas([generation.statistics for generation in generations])
         for generation in generations:
             await generation.stop(None)
         await self._committer.aclose()
