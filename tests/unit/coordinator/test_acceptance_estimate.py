@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -63,4 +64,4 @@ def test_survivals_are_probabilities_that_fall(rounds: list[tuple[int, bool]]) -
     for accepted, rejected in rounds:
         sequence.observe(accepted, min(16, accepted + rejected))
     survivals = [1.0, *sequence.survivals]
-    assert all(0.0 <= later <= earlier for earlier, later in zip(survivals, survivals[1:], strict=False))
+    assert all(0.0 <= later <= earlier for earlier, later in pairwise(survivals))

@@ -1,4 +1,4 @@
-"""The adaptive draft length against every fixed one, on a virtual clock: real generations and cores, simulated models."""
+"""The adaptive draft length against fixed ones, on a virtual clock: real generations and cores, simulated models."""
 
 from __future__ import annotations
 
