@@ -118,10 +118,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """One round. `token_offset` is its first token's index among the generated tokens.
+
+    What the trim took away counts neither as drafted nor as accepted.
+    """
+
+    token_offset: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    draft_ms: float
+    verify_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Counts and times of one generation; the times are those of the last stream, if it was resumed.
 
-    `overhead_ms`: each round's wall time at the coordinator less the workers' own reported times.
+    `overhead_ms`: each round's wall time at the coordinator less the workers' own reported times; `rounds` is parallel.
     """
 
     num_prompt_tokens: int = 0
@@ -141,6 +155,7 @@ class Statistics:
     num_replaced_tokens: int = 0
     num_replaced_rows: int = 0
     draft: str = ""
+    rounds: tuple[Round, ...] = ()
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -12,6 +12,7 @@ from services.client.values import (
     DraftPool,
     GenerateOptions,
     Prompt,
+    Round,
     ServedModel,
     SessionRecord,
     Statistics,
@@ -113,6 +114,17 @@ def statistics_from_proto(message: coordinator_pb2.GenerationStatistics) -> Stat
         num_replaced_tokens=message.num_replaced_tokens,
         num_replaced_rows=message.num_replaced_rows,
         draft=message.draft,
+        rounds=tuple(_round_from_proto(entry) for entry in message.rounds),
+    )
+
+
+def _round_from_proto(message: coordinator_pb2.RoundStatistics) -> Round:
+    return Round(
+        token_offset=message.token_offset,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
+        draft_ms=message.draft_ms,
+        verify_ms=message.verify_ms,
     )
 
 

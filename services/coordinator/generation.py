@@ -168,7 +168,7 @@ class Generation:
             return
         verified = await self._target.verify(proposed.proposal)
         kept, wall_ns = self._trim(verified), self._lap_ns()
-        self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns)
+        self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
         await self._commit_and_emit(kept)
 

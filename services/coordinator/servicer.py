@@ -138,6 +138,7 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
         num_replaced_tokens=statistics.num_replaced_tokens,
         num_replaced_rows=statistics.num_replaced_rows,
         draft=statistics.draft,
+        rounds=[pb.RoundStatistics(**fields._asdict()) for fields in statistics.rounds],
     )
 
 

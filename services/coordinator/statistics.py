@@ -10,10 +10,20 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from services.common.items import Proposed, Tokens
 from services.common.values import MAX_DRAFT_TOKENS
+
+
+class RoundStatistics(NamedTuple):
+    """As in RoundStatistics of the wire contract."""
+
+    token_offset: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    draft_ms: float
+    verify_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,7 @@ class GenerationStatistics:
     num_replaced_tokens: int = 0
     num_replaced_rows: int = 0
     draft: str = ""
+    rounds: tuple[RoundStatistics, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -46,6 +57,7 @@ class GenerationStatistics:
         values: dict[str, Any] = json.loads(text)
         for name in ("num_accepted_tokens_per_pos", "num_verified_tokens_per_pos", "overhead_ms"):
             values[name] = tuple(values[name])
+        values["rounds"] = tuple(RoundStatistics(*fields) for fields in values.get("rounds", ()))
         return cls(**values)
 
 
@@ -94,6 +106,7 @@ class StatisticsCollector:
         self._verify_ns = 0
         self._overhead_ns: list[int] = []
         self._num_replaced_rows = 0
+        self._rounds: list[RoundStatistics] = []
 
     def first_token(self) -> None:
         """To be called when tokens go out; only the first call counts."""
@@ -105,8 +118,8 @@ class StatisticsCollector:
         self._num_rounds += num_tokens
         self._verify_ns += verify_ns
 
-    def round(self, proposed: Proposed, verified: Tokens, num_kept: int, wall_ns: int) -> None:
-        """A round, of whose tokens `num_kept` were left by the trim.
+    def round(self, proposed: Proposed, verified: Tokens, num_kept: int, wall_ns: int, token_offset: int) -> None:
+        """A round, of whose tokens `num_kept` were left by the trim; the first is the generation's `token_offset`-th.
 
         What was accepted but trimmed away is not counted as accepted, nor as drafted: it never became output.
         Position i was reached if everything before it was accepted: later positions are censored.
@@ -122,6 +135,8 @@ class StatisticsCollector:
         self._verify_ns += verified.timings.total_ns
         self._overhead_ns.append(max(0, wall_ns - worker_ns))
         self._num_replaced_rows += verified.rows_replaced
+        times_ms = proposed.timings.total_ns / 1e6, verified.timings.total_ns / 1e6
+        self._rounds.append(RoundStatistics(token_offset, num_drafted, num_accepted, *times_ms))
         if verified.num_draft_tokens:
             self._num_drafts += 1
             self._num_draft_tokens += num_drafted
@@ -153,4 +168,5 @@ class StatisticsCollector:
             num_replaced_tokens=self._num_replaced_tokens,
             num_replaced_rows=self._num_replaced_rows,
             draft=self._draft,
+            rounds=tuple(self._rounds),
         )

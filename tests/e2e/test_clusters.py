@@ -125,6 +125,36 @@ def test_bench_shows_the_formula_beside_a_simulated_speedup(tmp_path):
     assert "by the formula" in done.stdout
 
 
+def test_bench_sweeps_into_one_report_and_page(tmp_path):
+    file, page = tmp_path / "report.json", tmp_path / "report.html"
+    arguments = ("--simulated", "--simulated-step-ms", "2", "--simulated-token-ms", "0.1", "--max-tokens", "24")
+    sweep = ("--sweep-draft-tokens", "1,3", "--sweep-sampling", "greedy,rejection")
+    files = ("--json", str(file), "--html", str(page))
+    done = run_alone(tmp_path, "bench", *arguments, *sweep, *files, "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    cases = report["cases"]
+    assert [(c["case"]["num_draft_tokens"], c["case"]["temperature"]) for c in cases] == [
+        (1, 0),
+        (3, 0),
+        (1, 1),
+        (3, 1),
+    ]
+    for entry in cases:
+        length = entry["case"]["num_draft_tokens"]
+        assert entry["num_identical_outputs"] == 2
+        assert len(entry["conditional_acceptance_per_position"]) == length
+        assert entry["formula"]["by_position"] > 0
+        limits = entry["limits"]
+        assert limits["num_rounds"] > 0
+        assert abs(sum(limits["shares"].values()) - 1) < 1e-3
+        assert 1 < limits["tokens_per_round"] <= length + 1
+        for part in ("categories", "overall"):
+            assert entry[part]
+    assert len(report["requests"]) == 4
+    assert page.read_text().count("<svg") >= 7
+
+
 def test_demo_streams_three_prompts_and_compares(tmp_path):
     done = run_alone(tmp_path, "demo", "--simulated", "--simulated-step-ms", "2", "--max-tokens", "16")
     assert done.returncode == 0, done.stderr

@@ -85,6 +85,25 @@ def test_refusals_are_one_line_that_names_what_is_wrong(run, arguments, named):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_check_distribution_finds_none_on_a_running_cluster(run, tmp_path, verification):
+    file = tmp_path / "distribution.json"
+    options = ("--check-distribution", "150", "--max-tokens", "4", "--verification", verification)
+    done = run("bench", *options, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "no difference found" in done.stdout
+    found = json.loads(file.read_text())["distribution"]
+    assert (found["num_plain"], found["num_speculative"], found["equal"]) == (150, 150, True)
+    assert [test["name"] for test in found["tests"]][:4] == [f"token {i}" for i in range(1, 5)]
+    assert found["p"] >= 1e-4
+
+
+def test_check_distribution_needs_a_temperature(run):
+    done = run("bench", "--check-distribution", "--temperature", "0")
+    assert done.returncode == 2
+    assert "--temperature" in done.stderr
+
+
 def test_models_are_listed_with_their_drafter(run):
     (model,) = json.loads(run("models", "--json").stdout)
     assert (model["name"], model["drafter"], model["ready"]) == ("simulated", "simulated", True)

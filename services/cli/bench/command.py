@@ -1,6 +1,6 @@
 """`outrider bench`: the command.
 
-Owns: its options and what they select. Must not know: how load is sent or numbers are made.
+Owns: what its options select, and where reports go. Must not know: how load is sent or numbers are made.
 """
 
 from __future__ import annotations
@@ -10,166 +10,172 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
+from services.cli.bench import page
+from services.cli.bench.distribution import draw_and_compare, print_distribution, verdict
+from services.cli.bench.document import CaseReport, Document, as_object, distribution_object
+from services.cli.bench.homogeneity import DistributionReport
 from services.cli.bench.load import LoadPlan
 from services.cli.bench.machine import environment
+from services.cli.bench.options import Output, bench_options
 from services.cli.bench.overhead import cpu_ratio, measure_overhead, print_overhead
-from services.cli.bench.report import FormulaCheck, Report, build_report, check_formula
-from services.cli.bench.run import RunOutcome, run_load
-from services.cli.bench.sample import Mode
-from services.cli.bench.show import as_object, print_report
-from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
+from services.cli.bench.peers import PeerReport, check_peers, peers_task, run_peers
+from services.cli.bench.report import FormulaTerms, build_report
+from services.cli.bench.sample import Mode, Sample
+from services.cli.bench.show import print_document
+from services.cli.bench.sweep import CaseOutcome, Sweep, Where, run_cases
+from services.cli.cluster import SIMULATED, ClusterSpec
 from services.cli.failure import CommandFailed, describe
-from services.cli.options import address_option, cluster_options, decode_options
-from services.cli.prompts import OWN_PROMPTS, Conversation, load_prompts, spread
-from services.cli.terminal import Stages, notices, results
-from services.client import GenerateOptions
+from services.cli.options import address_option, cluster_options
+from services.cli.prompts import Conversation, load_prompts, spread
+from services.cli.terminal import notices, results
 from services.common.errors import OutriderError
-from services.common.values import VerificationMethod
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_MODES = {
-    "both": (Mode.PLAIN, Mode.SPECULATIVE),
-    "plain": (Mode.PLAIN,),
-    "speculative": (Mode.SPECULATIVE,),
-}
-
-
-class Where(NamedTuple):
-    """A running coordinator, or a cluster to start."""
-
-    address: str | None
-    spec: ClusterSpec
+from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
 
 @click.command()
-@click.option("--prompts", type=_FILE, default=OWN_PROMPTS, help="Prompt file, JSON Lines.  [default: Outrider's own]")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens a request.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many prompts, spread over the categories.")
-@click.option(
-    "--concurrency", type=click.IntRange(min=1), help="Closed loop: so many conversations at a time.  [default: 1]"
-)
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Open loop: conversations a second, Poisson.")
-@click.option(
-    "--mode",
-    type=click.Choice(tuple(_MODES)),
-    default="both",
-    show_default=True,
-    help="With speculation, without, or both in turns.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63),
-    default=0,
-    show_default=True,
-    help="Of arrivals, and of the requests' noise.",
-)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@decode_options
-@click.option(
-    "--all-turns", is_flag=True, help="Send every turn of a conversation, in one session; else the first only."
-)
-@click.option("--raw", is_flag=True, help="Send prompts without the model's chat template.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sequence tokens, up to max-tokens.")
-@click.option(
-    "--warmup",
-    type=click.IntRange(min=0),
-    default=1,
-    show_default=True,
-    help="Requests before measuring, in each mode.",
-)
+@bench_options
 @address_option(default=None, help="Measure this coordinator instead of starting a cluster.")
 @cluster_options
-@click.option("--overhead", is_flag=True, help="Instead: what a round costs the coordinator at 1 and 64 sessions.")
-@click.option("--json", "json_file", type=_FILE, help="Write the report to this file; - is standard output.")
 def bench(
     prompts: Path,
     limit: int | None,
-    mode: str,
-    max_tokens: int,
-    temperature: float,
-    verification: str,
-    num_draft_tokens: int | None,
-    ignore_eos: bool,
-    warmup: int,
+    plan: LoadPlan,
+    sweep: Sweep,
+    peers: tuple[str, ...],
+    check_distribution: int | None,
+    overhead: bool,
     address: str | None,
     spec: ClusterSpec,
-    overhead: bool,
-    json_file: Path | None,
-    concurrency: int | None,
-    rate: float | None,
-    seed: int,
-    raw: bool,
-    all_turns: bool,
+    output: Output,
 ) -> None:
     """Measure throughput, latency and acceptance over a prompt file, with and without speculation.
 
     Starts a cluster of its own and stops it, unless --address or OUTRIDER_ADDRESS names one. Plain and speculative
-    requests alternate, so that a noisy machine treats both alike. With a simulated cluster the measured speed-up is
-    shown beside the formula's. Ends with status 1 if a request failed.
+    requests alternate, so that a noisy machine treats both alike. Shows tokens/s, speed-up and acceptance by category,
+    what limits the speed-up, and the formula's speed-up beside the measured one. The --sweep options measure several
+    cases, every combination of what they name; --html writes it all as one page.
+
+    \b
+    outrider bench --limit 13 --max-tokens 64 --html report.html
+    outrider bench --sweep-draft-tokens 1,2,4,8 --sweep-sampling greedy,coupled,rejection --json report.json
+    outrider bench --peers transformers,prompt-lookup
+    outrider bench --check-distribution --verification rejection --address host:50051
+
+    Ends with status 1 if a request failed, or if --check-distribution finds a difference (p below 1e-4).
     """
-    if rate is not None and concurrency is not None:
-        raise click.UsageError("--rate is an open loop, --concurrency a closed one; give one of them")
-    _check_writable(json_file)
-    options = GenerateOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        verification=VerificationMethod(verification),
-        num_draft_tokens=num_draft_tokens,
-        ignore_eos=ignore_eos,
-    )
-    plan = LoadPlan(options, _MODES[mode], concurrency or 1, rate, seed, raw, all_turns, warmup)
+    if overhead and check_distribution is not None:
+        raise click.UsageError("--overhead and --check-distribution are runs of their own; give one of them")
+    where = Where(address, spec)
+    output.check()
     conversations = spread(load_prompts(prompts), limit)
+    configuration = _configuration(where, plan, prompts, len(conversations))
     try:
         if overhead:
-            _bench_overhead(plan, conversations[0], json_file)
+            _bench_overhead(plan, conversations[0], output)
+        elif check_distribution is not None:
+            _check_distribution(where, plan, conversations[0], check_distribution, configuration, output)
         else:
-            _bench_prompts(Where(address, spec), plan, conversations, json_file)
+            _bench_prompts(where, plan, sweep, peers, conversations, configuration, output)
     except OutriderError as error:
         raise CommandFailed(describe(error, address)) from None
 
 
 def _bench_prompts(
-    where: Where, plan: LoadPlan, conversations: tuple[Conversation, ...], json_file: Path | None
+    where: Where,
+    plan: LoadPlan,
+    sweep: Sweep,
+    peers: tuple[str, ...],
+    conversations: tuple[Conversation, ...],
+    configuration: dict[str, str],
+    output: Output,
 ) -> None:
-    outcome = _run(where, plan, conversations)
-    report = build_report(outcome.blocks, outcome.cpu_ms)
-    formula = _formula(where, plan, report)
-    if json_file != Path("-"):
-        print_report(report, results(), formula)
-    _write_json(json_file, as_object(report, environment(sys.argv[1:]), formula))
-    if report.failed_requests:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.failures.items())
-        raise CommandFailed(f"{report.failed_requests} requests failed: {reasons}")
+    if where.address is not None and sweep.drafters:
+        raise click.UsageError("--sweep-drafters starts a cluster for each drafter; it cannot be used with --address")
+    check_peers(peers, where.spec, own_cluster=where.address is None)
+    if output.html_file is not None:
+        page.check_plots()
+    cases = sweep.cases(where.spec.drafter if where.address is None else "", plan.options)
+    outcomes = run_cases(where, cases, conversations, plan, notices())
+    reports = tuple(_case_report(where, plan, outcome) for outcome in outcomes)
+    document = Document(reports, configuration, environment(sys.argv[1:]))
+    if peers:
+        document = dataclasses.replace(document, peers=_run_peers(where.spec, plan, peers, reports[0]))
+    _write(document, output)
+    _fail_if_requests_did(document)
 
 
-def _run(where: Where, plan: LoadPlan, conversations: tuple[Conversation, ...]) -> RunOutcome:
-    console = notices()
-    if where.address is not None:
-        return asyncio.run(run_load(where.address, conversations, plan, console))
-    with Stages(console) as stages, Cluster(where.spec, stages.show) as cluster:
-        stages.stop()
-        pid = cluster.pid_of("coordinator")
-        return asyncio.run(run_load(cluster.address, conversations, plan, console, pid))
+def _case_report(where: Where, plan: LoadPlan, measured: CaseOutcome) -> CaseReport:
+    case, (blocks, cpu_ms) = measured
+    report = build_report(blocks, cpu_ms, _formula_terms(where, plan, case.num_draft_tokens))
+    samples = (outcome for block in blocks for outcome in block.outcomes)
+    return CaseReport(case, report, tuple(outcome for outcome in samples if isinstance(outcome, Sample)))
 
 
-def _formula(where: Where, plan: LoadPlan, report: Report) -> FormulaCheck | None:
-    """Only for a simulated cluster started here, a fixed draft length and one request at a time, as it assumes."""
+def _formula_terms(where: Where, plan: LoadPlan, num_draft_tokens: int | None) -> FormulaTerms | None:
+    """Only for one request at a time and a fixed length, as it assumes. A simulated cluster's costs are given."""
+    if plan.concurrency != 1 or plan.rate is not None or num_draft_tokens is None:
+        return None
     spec = where.spec
     simulated = spec.target == SIMULATED and spec.drafter == SIMULATED and spec.simulated_step_ms > 0
-    if where.address is not None or not simulated or plan.concurrency != 1 or plan.rate is not None:
-        return None
-    if plan.options.num_draft_tokens is None:
-        return None
-    return check_formula(report, plan.options.num_draft_tokens, spec.simulated_token_ms / spec.simulated_step_ms)
+    given = simulated and where.address is None
+    cost_ratio = spec.simulated_token_ms / spec.simulated_step_ms if given else None
+    return FormulaTerms(num_draft_tokens, cost_ratio)
 
 
-def _bench_overhead(plan: LoadPlan, conversation: Conversation, json_file: Path | None) -> None:
+def _run_peers(spec: ClusterSpec, plan: LoadPlan, peers: tuple[str, ...], first: CaseReport) -> tuple[PeerReport, ...]:
+    samples = first.of(Mode.SPECULATIVE) or first.of(Mode.PLAIN)
+    if not samples:
+        raise CommandFailed("no request succeeded: the peers have no prompts to run")
+    options = dataclasses.replace(first.case.options(plan.options), seed=plan.seed)
+    num_draft_tokens = options.num_draft_tokens or DEFAULT_NUM_DRAFT_TOKENS
+    return run_peers(peers_task(peers, spec, options, num_draft_tokens, samples), samples, notices())
+
+
+def _write(document: Document, output: Output) -> None:
+    if not output.quiet:
+        print_document(document, results())
+    _write_json(output, as_object(document))
+    if output.html_file is not None:
+        output.html_file.write_text(page.render(document), encoding="utf-8")
+
+
+def _fail_if_requests_did(document: Document) -> None:
+    num_failed = sum(entry.report.failed_requests for entry in document.cases)
+    if num_failed:
+        failures = [item for entry in document.cases for item in entry.report.failures.items()]
+        raise CommandFailed(f"{num_failed} requests failed: " + ", ".join(f"{n} {reason}" for reason, n in failures))
+
+
+def _check_distribution(
+    where: Where,
+    plan: LoadPlan,
+    conversation: Conversation,
+    num_samples: int,
+    configuration: dict[str, str],
+    output: Output,
+) -> None:
+    if plan.options.temperature == 0:
+        raise click.UsageError("--check-distribution samples: --temperature must be above 0")
+    found: list[DistributionReport] = []
+
+    def draw(address: str, pid: int | None) -> None:
+        found.append(asyncio.run(draw_and_compare(address, conversation, plan, num_samples, notices())))
+
+    where.on(notices(), where.spec.drafter, draw)
+    report = found[0]
+    if not output.quiet:
+        print_distribution(report, results())
+    _write_json(output, distribution_object(report, configuration, environment(sys.argv[1:])))
+    if not report.equal:
+        raise CommandFailed(verdict(report))
+
+
+def _bench_overhead(plan: LoadPlan, conversation: Conversation, output: Output) -> None:
     reports = measure_overhead(plan, conversation, notices())
-    if json_file != Path("-"):
+    if not output.quiet:
         print_overhead(reports, results())
     fields: dict[str, object] = {
         "sessions": [dataclasses.asdict(report) for report in reports],
@@ -177,27 +183,33 @@ def _bench_overhead(plan: LoadPlan, conversation: Conversation, json_file: Path 
         "failed_requests": sum(report.failed_requests for report in reports),
         "environment": dataclasses.asdict(environment(sys.argv[1:])),
     }
-    _write_json(json_file, fields)
+    _write_json(output, fields)
     if any(report.failed_requests for report in reports):
         raise CommandFailed(f"{fields['failed_requests']} requests failed")
 
 
-def _check_writable(json_file: Path | None) -> None:
-    """Raises CommandFailed before anything is measured, rather than lose the report."""
-    if json_file is None or json_file == Path("-"):
-        return
-    try:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.open("a").close()
-    except OSError as error:
-        raise CommandFailed(f"cannot write {json_file}: {error.strerror}") from None
+def _configuration(where: Where, plan: LoadPlan, prompts: Path, num_prompts: int) -> dict[str, str]:
+    """What all cases share, in words."""
+    spec = where.spec
+    model = {"target": Path(spec.target).name, "dtype": spec.dtype, "device": spec.device}
+    if spec.drafter == "model":
+        model["draft"] = Path(spec.draft).name
+    arrivals = f"{plan.concurrency} at a time" if plan.rate is None else f"{plan.rate:g} a second, Poisson"
+    return {
+        **(model if where.address is None else {"cluster": "was running"}),
+        "prompts": f"{num_prompts} of {prompts.name}, {'all turns' if plan.all_turns else 'first turns'}",
+        "max_tokens": str(plan.options.max_tokens)
+        + (", past end-of-sequence tokens" if plan.options.ignore_eos else ""),
+        "conversations": arrivals,
+        "seed": str(plan.seed),
+    }
 
 
-def _write_json(json_file: Path | None, fields: dict[str, object]) -> None:
-    if json_file is None:
+def _write_json(output: Output, fields: dict[str, object]) -> None:
+    if output.json_file is None:
         return
     text = json.dumps(fields, indent=2)
-    if json_file == Path("-"):
+    if output.quiet:
         click.echo(text)
         return
-    json_file.write_text(text + "\n")
+    output.json_file.write_text(text + "\n")

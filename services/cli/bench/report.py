@@ -1,10 +1,9 @@
-"""What a run's samples come to: the report that `--json` writes and the table shows.
+"""What a run's samples come to: the report that `--json` writes and the tables show.
 
 Owns: the aggregation. Must not know: how samples were taken, how the report is shown. Pure.
 
 Rates of a mode: all its tokens over the wall time of its blocks. Per-request times: percentiles over requests, ITL over
-messages, overhead over rounds. Formula: Leviathan et al. 2023, theorem 3.8, with the conditional acceptance alpha that
-the run realised: (1 - alpha^(K+1)) / ((1 - alpha)(1 + K c)), c = a draft token's time over a target forward's.
+messages, overhead over rounds.
 """
 
 from __future__ import annotations
@@ -12,10 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
+from services.cli.bench.acceptance import Acceptance, acceptance_before_repetition, acceptance_of, ratio
+from services.cli.bench.categories import (
+    CategoryReport,
+    category_report,
+    category_reports,
+    group_reports,
+    num_identical,
+)
+from services.cli.bench.formula import FormulaCheck, check_formula
+from services.cli.bench.limits import Limits, limits_of
 from services.cli.bench.load import Block
 from services.cli.bench.sample import Failure, Key, Mode, Sample
 
@@ -53,43 +62,6 @@ class ModeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
-    """What became of drafted tokens. `alpha` is the conditional acceptance, pooled over positions."""
-
-    num_drafts: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    acceptance_rate: float | None
-    mean_acceptance_length: float | None
-    acceptance_rate_per_position: tuple[float, ...]
-    conditional_acceptance_per_position: tuple[float, ...]
-    alpha: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CategoryReport:
-    """One category. `speedup` compares the summed durations of the requests that succeeded in both modes."""
-
-    num_requests: int
-    speedup: float | None
-    acceptance_rate: float | None
-    mean_acceptance_length: float | None
-    num_identical_outputs: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class FormulaCheck:
-    """The measured decode speed-up of a simulated cluster against the formula."""
-
-    alpha: float
-    num_draft_tokens: int
-    cost_ratio: float
-    predicted_speedup: float
-    measured_speedup: float
-    relative_error: float
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """A run. `num_requests` counts each prompt once, though it was sent in each mode; `failed_requests` counts both."""
 
@@ -102,70 +74,80 @@ class Report:
     decode_speedup: float | None
     num_identical_outputs: int | None
     acceptance: Acceptance
+    acceptance_before_repetition: Acceptance
     coordinator_overhead_ms: Percentiles
     categories: dict[str, CategoryReport]
+    groups: dict[str, CategoryReport]
+    overall: CategoryReport
+    limits: Limits | None
+    formula: FormulaCheck | None
 
 
-def build_report(blocks: Sequence[Block], cpu_ms: dict[Mode, float] | None = None) -> Report:
-    """Aggregates a run. `cpu_ms`: the coordinator's CPU time in each mode's blocks, where it is known."""
+class FormulaTerms(NamedTuple):
+    """What the formula needs besides the run: K, and c where it is given; else c is measured."""
+
+    num_draft_tokens: int
+    cost_ratio: float | None
+
+
+def build_report(
+    blocks: Sequence[Block], cpu_ms: dict[Mode, float] | None = None, terms: FormulaTerms | None = None
+) -> Report:
+    """Aggregates a run.
+
+    `cpu_ms`: the coordinator's CPU time in each mode's blocks, where it is known. Without `terms` there is no formula.
+    """
     samples = {mode: _samples(blocks, mode) for mode in Mode}
     failures = [outcome for block in blocks for outcome in block.outcomes if isinstance(outcome, Failure)]
     modes = {mode: _mode_report(blocks, mode, samples[mode], cpu_ms) for mode in Mode}
     plain, speculative = modes[Mode.PLAIN], modes[Mode.SPECULATIVE]
     drafted = samples[Mode.SPECULATIVE] or samples[Mode.PLAIN]
     keys = {outcome.key for block in blocks for outcome in block.outcomes}
+    speculated = list(samples[Mode.SPECULATIVE].values())
+    acceptance = acceptance_of(speculated)
+    limits = limits_of(speculated, plain.decode_ms_per_token if plain else None)
+    decode_ms = [mode.decode_ms_per_token if mode else None for mode in (plain, speculative)]
+    decode_speedup = ratio(*decode_ms)
     return Report(
         num_requests=len(keys),
         failed_requests=len(failures),
         failures=dict(Counter(failure.error.reason for failure in failures)),
         plain=plain,
         speculative=speculative,
-        speedup=_ratio(speculative.tokens_per_s, plain.tokens_per_s) if plain and speculative else None,
-        decode_speedup=(
-            _ratio(plain.decode_ms_per_token, speculative.decode_ms_per_token) if plain and speculative else None
-        ),
-        num_identical_outputs=_num_identical(samples) if plain and speculative else None,
-        acceptance=acceptance_of(samples[Mode.SPECULATIVE].values()),
+        speedup=ratio(speculative.tokens_per_s, plain.tokens_per_s) if plain and speculative else None,
+        decode_speedup=decode_speedup,
+        num_identical_outputs=num_identical(samples) if plain and speculative else None,
+        acceptance=acceptance,
+        acceptance_before_repetition=acceptance_before_repetition(speculated),
         coordinator_overhead_ms=Percentiles.of(ms for s in drafted.values() for ms in s.statistics.overhead_ms),
-        categories=_categories(keys, samples),
+        categories=category_reports(keys, samples),
+        groups=group_reports(keys, samples),
+        overall=category_report(keys, samples),
+        limits=limits,
+        formula=_formula(terms, acceptance, limits, decode_speedup, speculated),
     )
 
 
-def acceptance_of(samples: Iterable[Sample]) -> Acceptance:
-    """Pools the statistics of generations."""
-    statistics = [sample.statistics for sample in samples]
-    drafts = sum(s.num_drafts for s in statistics)
-    drafted = sum(s.num_draft_tokens for s in statistics)
-    accepted = sum(s.num_accepted_tokens for s in statistics)
-    accepted_at = [sum(at) for at in zip_longest(*(s.num_accepted_tokens_per_pos for s in statistics), fillvalue=0)]
-    verified_at = [sum(at) for at in zip_longest(*(s.num_verified_tokens_per_pos for s in statistics), fillvalue=0)]
-    conditional = [_ratio(a, v) for a, v in zip(accepted_at, verified_at, strict=False)]
-    return Acceptance(
-        num_drafts=drafts,
-        num_draft_tokens=drafted,
-        num_accepted_tokens=accepted,
-        acceptance_rate=_ratio(accepted, drafted),
-        mean_acceptance_length=1 + accepted / drafts if drafts else None,
-        acceptance_rate_per_position=tuple(round(a / drafts, 4) for a in accepted_at) if drafts else (),
-        conditional_acceptance_per_position=tuple(value for value in conditional if value is not None),
-        alpha=_ratio(sum(accepted_at), sum(verified_at)),
-    )
-
-
-def check_formula(report: Report, num_draft_tokens: int, cost_ratio: float) -> FormulaCheck | None:
-    """None where a mode, or acceptance, was not measured."""
-    alpha, measured = report.acceptance.alpha, report.decode_speedup
-    if alpha is None or measured is None:
+def _formula(
+    terms: FormulaTerms | None,
+    acceptance: Acceptance,
+    limits: Limits | None,
+    decode_speedup: float | None,
+    samples: Sequence[Sample],
+) -> FormulaCheck | None:
+    """None where a mode, acceptance or the draft's cost was not measured."""
+    alpha, alphas = acceptance.alpha, acceptance.conditional_acceptance_per_position
+    if terms is None or alpha is None or decode_speedup is None:
         return None
-    length = num_draft_tokens + 1.0 if alpha == 1 else (1 - alpha ** (num_draft_tokens + 1)) / (1 - alpha)
-    predicted = length / (1 + num_draft_tokens * cost_ratio)
-    return FormulaCheck(
-        alpha=alpha,
-        num_draft_tokens=num_draft_tokens,
-        cost_ratio=cost_ratio,
-        predicted_speedup=round(predicted, 4),
-        measured_speedup=measured,
-        relative_error=round(measured / predicted - 1, 4),
+    cost_ratio = terms.cost_ratio
+    if cost_ratio is None:
+        if limits is None or not limits.mean_draft_len:
+            return None
+        cost_ratio = limits.draft_ms / limits.mean_draft_len / limits.plain_ms_per_token
+    rounds = [r for sample in samples for r in sample.statistics.rounds]
+    given = terms.cost_ratio is not None
+    return check_formula(
+        alpha, alphas, terms.num_draft_tokens, decode_speedup, rounds, cost_ratio, cost_ratio_given=given
     )
 
 
@@ -189,36 +171,10 @@ def _mode_report(
         num_tokens=num_tokens,
         wall_s=round(wall_s, 3),
         tokens_per_s=round(num_tokens / wall_s, 3) if wall_s else 0.0,
-        decode_ms_per_token=_ratio(decode_ms, sum(sample.num_decode_tokens for sample in measured)),
+        decode_ms_per_token=ratio(decode_ms, sum(sample.num_decode_tokens for sample in measured)),
         ttft_ms=Percentiles.of(s.ttft_ns / 1e6 for s in measured if s.ttft_ns is not None),
         tpot_ms=Percentiles.of(s.tpot_ns / 1e6 for s in measured if s.tpot_ns is not None),
         itl_ms=Percentiles.of(gap / 1e6 for s in measured for gap in s.itl_ns),
         total_ms=Percentiles.of(s.total_ns / 1e6 for s in measured),
-        coordinator_cpu_ms_per_round=_ratio(cpu_ms[mode], num_rounds) if cpu_ms else None,
+        coordinator_cpu_ms_per_round=ratio(cpu_ms[mode], num_rounds) if cpu_ms else None,
     )
-
-
-def _num_identical(samples: dict[Mode, dict[Key, Sample]]) -> int:
-    plain, speculative = samples[Mode.PLAIN], samples[Mode.SPECULATIVE]
-    return sum(plain[key].token_ids == speculative[key].token_ids for key in plain.keys() & speculative.keys())
-
-
-def _categories(keys: set[Key], samples: dict[Mode, dict[Key, Sample]]) -> dict[str, CategoryReport]:
-    reports = {}
-    for category in sorted({key.category for key in keys}):
-        of = {mode: {k: s for k, s in samples[mode].items() if k.category == category} for mode in Mode}
-        both = of[Mode.PLAIN].keys() & of[Mode.SPECULATIVE].keys()
-        plain_ns, speculative_ns = (sum(of[mode][key].total_ns for key in both) for mode in Mode)
-        acceptance = acceptance_of(of[Mode.SPECULATIVE].values())
-        reports[category] = CategoryReport(
-            num_requests=sum(key.category == category for key in keys),
-            speedup=_ratio(plain_ns, speculative_ns),
-            acceptance_rate=acceptance.acceptance_rate,
-            mean_acceptance_length=acceptance.mean_acceptance_length,
-            num_identical_outputs=_num_identical(of) if both else None,
-        )
-    return reports
-
-
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return round(numerator / denominator, 4) if numerator is not None and denominator else None

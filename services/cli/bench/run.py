@@ -31,6 +31,8 @@ async def run_load(
     plan: LoadPlan,
     console: Console,
     coordinator_pid: int | None = None,
+    *,
+    title: str = "measuring",
 ) -> RunOutcome:
     """Raises OutriderError if the warm-up fails; failures after it are counted, not raised."""
     blocks: list[Block] = []
@@ -41,7 +43,7 @@ async def run_load(
             task = progress.add_task("warming up", total=len(conversations) * len(plan.modes))
             load = Load(client, plan, on_done=lambda: progress.advance(task))
             await load.warm_up(conversations)
-            progress.update(task, description="measuring")
+            progress.update(task, description=title)
             before = cpu_time_ms(coordinator_pid) if coordinator_pid is not None else None
             async for block in load.run(conversations):
                 blocks.append(block)

@@ -49,6 +49,7 @@ class Sample:
     arrivals_ns: tuple[tuple[int, int], ...]
     token_ids: tuple[int, ...]
     statistics: Statistics
+    prompt_token_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -106,4 +107,5 @@ async def measure(
         result: Result = generation.result
     except OutriderError as error:
         return Failure(key, mode, error)
-    return Sample(key, mode, sent_ns, tuple(arrivals), result.token_ids, result.statistics)
+    arrived = tuple(arrivals)
+    return Sample(key, mode, sent_ns, arrived, result.token_ids, result.statistics, result.prompt_token_ids)

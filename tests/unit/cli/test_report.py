@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.cli.bench.document import CaseReport, Document, as_object
 from services.cli.bench.load import Block
 from services.cli.bench.machine import environment
-from services.cli.bench.report import Percentiles, build_report, check_formula
+from services.cli.bench.report import FormulaTerms, Percentiles, build_report
 from services.cli.bench.sample import Failure, Key, Mode, Sample
-from services.cli.bench.show import as_object
-from services.client import Statistics
+from services.cli.bench.sweep import Case
+from services.client import Round, Statistics
 from services.common.errors import Unavailable
+from services.common.values import VerificationMethod
 
 MS = 1_000_000
 DRAFTED = Statistics(
@@ -98,24 +100,43 @@ def test_a_mode_that_was_not_run_is_none():
 
 
 def test_formula_of_the_contract():
-    report = build_report(run())
-    check = check_formula(report, 4, 0.1)
+    report = build_report(run(), terms=FormulaTerms(4, 0.1))
+    check = report.formula
     assert check is not None
     alpha = report.acceptance.alpha or 0.0
     assert check.predicted_speedup == pytest.approx((1 - alpha**5) / ((1 - alpha) * 1.4), abs=1e-4)
     assert check.relative_error == pytest.approx(2.0 / check.predicted_speedup - 1, abs=1e-3)
+    assert check.cost_ratio_given
 
 
 def test_formula_where_everything_is_accepted():
-    report = build_report(run())
-    perfect = dataclasses.replace(report, acceptance=dataclasses.replace(report.acceptance, alpha=1.0))
-    check = check_formula(perfect, 4, 0.0)
+    perfect = dataclasses.replace(DRAFTED, num_accepted_tokens_per_pos=(4, 4), num_verified_tokens_per_pos=(4, 4))
+    blocks = run()
+    sample_of = blocks[1].outcomes[0]
+    assert isinstance(sample_of, Sample)
+    blocks[1] = Block(Mode.SPECULATIVE, (dataclasses.replace(sample_of, statistics=perfect),), 250 * MS)
+    check = build_report(blocks, terms=FormulaTerms(4, 0.0)).formula
     assert check is not None
     assert check.predicted_speedup == 5.0
 
 
+def test_cost_is_measured_where_it_is_not_given():
+    assert build_report(run(), terms=FormulaTerms(4, None)).formula is None
+    rounds = (Round(1, 4, 3, 20.0, 100.0), Round(5, 4, 0, 20.0, 100.0))
+    blocks = run()
+    sample_of = blocks[1].outcomes[0]
+    assert isinstance(sample_of, Sample)
+    drafted = dataclasses.replace(DRAFTED, rounds=rounds, overhead_ms=(1.0, 1.0))
+    blocks[1] = Block(Mode.SPECULATIVE, (dataclasses.replace(sample_of, statistics=drafted),), 250 * MS)
+    check = build_report(blocks, terms=FormulaTerms(4, None)).formula
+    assert check is not None
+    assert (check.cost_ratio, check.cost_ratio_given) == (0.05, False)
+
+
 def test_json_has_the_promised_fields():
-    fields = json.loads(json.dumps(as_object(build_report(run()), environment(["bench", "--prompts", "/a/b/c.jsonl"]))))
+    case = CaseReport(Case("ngram", 4, 0.0, VerificationMethod.COUPLED), build_report(run()), ())
+    document = Document((case,), {}, environment(["bench", "--prompts", "/a/b/c.jsonl"]))
+    fields = json.loads(json.dumps(as_object(document)))
     for mode in ("plain", "speculative"):
         assert isinstance(fields[mode]["tokens_per_s"], float)
         for latency in ("ttft_ms", "tpot_ms", "itl_ms"):

@@ -17,7 +17,7 @@ def count(collector: StatisticsCollector, drafted: int, accepted: int, kept: int
     proposed = Proposed(IDENTITY, Proposal(1, (1,) * drafted), Timings(total_ns=2_000_000))
     tokens = (1,) * (accepted + 1)
     verified = Tokens(IDENTITY, tokens, accepted, drafted, True, timings=Timings(total_ns=3_000_000))
-    collector.round(proposed, verified, len(tokens) if kept is None else kept, 6_000_000)
+    collector.round(proposed, verified, len(tokens) if kept is None else kept, 6_000_000, 7)
 
 
 def snapshot(collector: StatisticsCollector) -> GenerationStatistics:
@@ -56,6 +56,14 @@ def test_overhead_is_wall_time_less_what_the_workers_reported() -> None:
     statistics = snapshot(collector)
     assert (statistics.overhead_ms, statistics.draft_ms, statistics.verify_ms) == ((1.0,), 2.0, 4.0)
     assert statistics.num_rounds == 4
+
+
+def test_rounds_say_where_they_begin_and_what_was_drafted() -> None:
+    collector = a_collector()
+    count(collector, drafted=4, accepted=1)
+    count(collector, drafted=4, accepted=4, kept=2)
+    count(collector, drafted=0, accepted=0)
+    assert snapshot(collector).rounds == ((7, 4, 1, 2.0, 3.0), (7, 2, 2, 2.0, 3.0), (7, 0, 0, 2.0, 3.0))
 
 
 def test_statistics_survive_the_record() -> None:

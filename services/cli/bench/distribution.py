@@ -1,0 +1,80 @@
+"""`outrider bench --check-distribution`: short sampled continuations of one prompt, plain and speculative, compared.
+
+Owns: drawing them from a coordinator, and showing the verdict. Must not know: how the sets are compared.
+
+Every continuation has a seed of its own, so that the two sets are independent under every kind of verification. The
+first token comes from the target alone; speculation decides from the second on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.bench.homogeneity import LEAST_P, DistributionReport, compare
+from services.cli.bench.load import LoadPlan
+from services.cli.bench.sample import Mode
+from services.cli.prompts import Conversation
+from services.cli.terminal import progress_bar
+from services.client import Chat, OutriderClient
+
+CONTINUATION_LEN = 8
+DEFAULT_NUM_SAMPLES = 1000
+DEFAULT_CONCURRENCY = 16
+_SEED_MASK = 2**64 - 1
+
+
+async def draw_and_compare(
+    address: str, conversation: Conversation, plan: LoadPlan, num_samples: int, console: Console
+) -> DistributionReport:
+    """Draws `num_samples` continuations in each mode, in turns. Raises OutriderError where a request fails."""
+    drawn: dict[Mode, list[tuple[int, ...]]] = {mode: [] for mode in Mode}
+    text = conversation.turns[0]
+    prompt = text if plan.raw else Chat.of(text)
+    waiting = _requests(plan.seed, num_samples)
+    async with OutriderClient(address) as client:
+        with progress_bar(console) as progress:
+            task = progress.add_task("sampling", total=2 * num_samples)
+
+            async def place() -> None:
+                for mode, seed in waiting:
+                    options = replace(plan.options, seed=seed)
+                    if mode is Mode.PLAIN:
+                        options = replace(options, num_draft_tokens=0)
+                    drawn[mode].append((await client.complete(prompt, options)).token_ids)
+                    progress.advance(task)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(plan.concurrency):
+                        group.create_task(place())
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+    return compare(drawn[Mode.PLAIN], drawn[Mode.SPECULATIVE])
+
+
+def _requests(first_seed: int, num_samples: int) -> Iterator[tuple[Mode, int]]:
+    for index in range(num_samples):
+        for offset, mode in enumerate(Mode):
+            yield mode, (first_seed + 2 * index + offset) & _SEED_MASK
+
+
+def print_distribution(report: DistributionReport, console: Console) -> None:
+    table = Table("", "outcomes", "cells", "chi-square", "p", title="plain against speculative", title_justify="left")
+    for test in report.tests:
+        table.add_row(test.name, str(test.num_outcomes), str(test.num_cells), f"{test.chi_square:.2f}", f"{test.p:.3g}")
+    console.print(table)
+    console.print(verdict(report), soft_wrap=True)
+
+
+def verdict(report: DistributionReport) -> str:
+    """One sentence."""
+    found = "no difference found" if report.equal else "THE DISTRIBUTIONS DIFFER"
+    return (
+        f"{found}: p = {report.p:.3g} over {len(report.tests)} tests, {report.num_plain} plain and "
+        f"{report.num_speculative} speculative continuations; below {LEAST_P:g} counts as a difference"
+    )

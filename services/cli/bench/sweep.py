@@ -1,0 +1,121 @@
+"""Cases: the combinations of drafter, draft length and sampling that one run of `outrider bench` measures.
+
+Owns: which there are, and running them, one cluster a drafter. Must not know: what the samples come to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.console import Console
+
+from services.cli.bench.load import LoadPlan
+from services.cli.bench.run import RunOutcome, run_load
+from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.prompts import Conversation
+from services.cli.terminal import Stages
+from services.client import GenerateOptions
+from services.common.values import VerificationMethod
+
+GREEDY = "greedy"
+SAMPLINGS = (GREEDY, *(method.value for method in VerificationMethod))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`drafter` is empty where it is that of a running cluster; without `num_draft_tokens` it is the server's."""
+
+    drafter: str
+    num_draft_tokens: int | None
+    temperature: float
+    verification: VerificationMethod
+
+    @property
+    def sampling(self) -> str:
+        """In words."""
+        return GREEDY if self.temperature == 0 else f"{self.verification.value} at {self.temperature:g}"
+
+    @property
+    def label(self) -> str:
+        length = "" if self.num_draft_tokens is None else f" K={self.num_draft_tokens}"
+        return f"{self.drafter or 'drafter'}{length}, {self.sampling}"
+
+    def options(self, base: GenerateOptions) -> GenerateOptions:
+        return dataclasses.replace(
+            base,
+            num_draft_tokens=self.num_draft_tokens,
+            temperature=self.temperature,
+            verification=self.verification,
+        )
+
+
+class Sweep(NamedTuple):
+    """What is varied; an empty part stays as the other options say."""
+
+    draft_tokens: tuple[int, ...] = ()
+    drafters: tuple[str, ...] = ()
+    samplings: tuple[str, ...] = ()
+
+    def cases(self, drafter: str, options: GenerateOptions) -> tuple[Case, ...]:
+        """All combinations, in the order given. Samplings but greedy have the options' temperature, or 1 if it is 0."""
+        lengths = self.draft_tokens or (options.num_draft_tokens,)
+        samplings = [_sampling(name, options) for name in self.samplings]
+        samplings = samplings or [(options.temperature, options.verification)]
+        combined = itertools.product(self.drafters or (drafter,), samplings, lengths)
+        return tuple(Case(name, length, *sampling) for name, sampling, length in combined)
+
+
+def _sampling(name: str, options: GenerateOptions) -> tuple[float, VerificationMethod]:
+    if name == GREEDY:
+        return 0.0, options.verification
+    return options.temperature or 1.0, VerificationMethod(name)
+
+
+class CaseOutcome(NamedTuple):
+    """What one case gave."""
+
+    case: Case
+    outcome: RunOutcome
+
+
+class Where(NamedTuple):
+    """A running coordinator, or a cluster to start."""
+
+    address: str | None
+    spec: ClusterSpec
+
+    def on(self, console: Console, drafter: str, use: Callable[[str, int | None], None]) -> None:
+        """Calls `use` with an address, and the coordinator's process id where it is ours, while the cluster runs."""
+        if self.address is not None:
+            use(self.address, None)
+            return
+        with (
+            Stages(console) as stages,
+            Cluster(dataclasses.replace(self.spec, drafter=drafter), stages.show) as cluster,
+        ):
+            stages.stop()
+            use(cluster.address, cluster.pid_of("coordinator"))
+
+
+def run_cases(
+    where: Where, cases: Sequence[Case], conversations: Sequence[Conversation], plan: LoadPlan, console: Console
+) -> tuple[CaseOutcome, ...]:
+    """Runs them in their order. Each has plain decoding of its own in turns, since machines drift."""
+    outcomes: list[CaseOutcome] = []
+    for drafter, group in itertools.groupby(cases, key=lambda case: case.drafter):
+        of_drafter = tuple(group)
+
+        def use(address: str, pid: int | None, of_drafter: tuple[Case, ...] = of_drafter) -> None:
+            for case in of_drafter:
+                case_plan = dataclasses.replace(plan, options=case.options(plan.options))
+                title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
+                run = run_load(address, conversations, case_plan, console, pid, title=title)
+                outcomes.append(CaseOutcome(case, asyncio.run(run)))
+
+        where.on(console, drafter, use)
+    return tuple(outcomes)

@@ -1,0 +1,151 @@
+"""transformers' own ways to generate, timed on the same prompts: what `outrider bench --peers` compares with.
+
+    transformers    generate, one token a forward
+    assisted        generate with a draft model (assistant_model), a fixed number of draft tokens
+    prompt-lookup   generate with tokens that followed an earlier match of the last ones
+
+Owns: loading a model through transformers alone and timing it. Must not know: the paged engine, the command line.
+`python -m services.engine.peers` reads a Task as JSON from standard input and writes one JSON object a line: a Ready,
+then a Timed for each prompt and peer, all peers in turn at each prompt, so that a noisy machine treats them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+
+from services.engine.models import torch_dtype
+
+TRANSFORMERS, ASSISTED, PROMPT_LOOKUP = PEERS = ("transformers", "assisted", "prompt-lookup")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What to run. `draft` is a directory for `assisted`, else empty; temperature 0 is greedy."""
+
+    target: str
+    draft: str
+    peers: tuple[str, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    num_draft_tokens: int
+    dtype: str
+    device: str
+    threads: int
+    temperature: float
+    seed: int
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Loaded and warm."""
+
+    version: str
+    event: str = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One generation. `steps` holds (ns since the start, number of tokens so far) behind each forward of the target."""
+
+    peer: str
+    prompt: int
+    token_ids: tuple[int, ...]
+    total_ns: int
+    steps: tuple[tuple[int, int], ...]
+    event: str = "timed"
+
+
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Never stops; notes when each step ended. transformers asks it once a step, also in assisted generation."""
+
+    def __init__(self, prompt_len: int) -> None:
+        self._prompt_len = prompt_len
+        self._started_ns = time.perf_counter_ns()
+        self.steps: list[tuple[int, int]] = []
+
+    @property
+    def now_ns(self) -> int:
+        return time.perf_counter_ns() - self._started_ns
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        self.steps.append((self.now_ns, input_ids.shape[1] - self._prompt_len))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Peers:
+    """The models of a task, ready to generate."""
+
+    def __init__(self, task: Task) -> None:
+        torch.set_num_threads(task.threads)
+        self._task = task
+        self._target = self._load(task.target)
+        self._draft = self._load(task.draft) if ASSISTED in task.peers else None
+        eos = self._target.generation_config.eos_token_id
+        self._eos = None if task.ignore_eos else eos
+        for model in (self._target, self._draft):
+            if model is not None:  # what a model's own configuration asks for is not applied, as in Outrider
+                model.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=0)
+
+    def _load(self, directory: str) -> Any:
+        dtype = torch_dtype(self._task.dtype)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+        return model.to(self._task.device).eval()
+
+    @torch.inference_mode()
+    def generate(self, peer: str, index: int) -> Timed:
+        """Continues prompt `index`. The number of draft tokens is held fixed, however the peer fares."""
+        prompt = self._task.prompts[index]
+        ids = torch.tensor([prompt], device=self._task.device)
+        torch.manual_seed(self._task.seed + index)
+        clock = Clock(len(prompt))
+        output = self._target.generate(
+            ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **self._options(peer)
+        )
+        token_ids = tuple(output[0, len(prompt) :].tolist())
+        return Timed(peer, index, token_ids, clock.now_ns, tuple(clock.steps))
+
+    def _options(self, peer: str) -> dict[str, Any]:
+        task = self._task
+        options: dict[str, Any] = {"max_new_tokens": task.max_tokens, "do_sample": False}
+        if task.temperature > 0:
+            options |= {"do_sample": True, "temperature": task.temperature, "top_k": 0, "top_p": 1.0}
+        if peer == PROMPT_LOOKUP:
+            options["prompt_lookup_num_tokens"] = task.num_draft_tokens
+        if peer == ASSISTED and self._draft is not None:
+            config = self._draft.generation_config
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = task.num_draft_tokens, "constant"
+            config.assistant_confidence_threshold = 0.0
+            options["assistant_model"] = self._draft
+        return options
+
+
+def main() -> None:
+    fields = json.load(sys.stdin)
+    task = Task(**fields | {"peers": tuple(fields["peers"]), "prompts": tuple(map(tuple, fields["prompts"]))})
+    transformers.logging.set_verbosity_error()
+    peers = Peers(task)
+    for peer in task.peers:
+        peers.generate(peer, 0)
+    _say(Ready(transformers.__version__))
+    for index in range(len(task.prompts)):
+        order = task.peers if index % 2 == 0 else task.peers[::-1]
+        for peer in order:
+            _say(peers.generate(peer, index))
+
+
+def _say(event: Ready | Timed) -> None:
+    sys.stdout.write(json.dumps(asdict(event)) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
