@@ -1,17 +1,19 @@
-"""Times read from a report of `outrider bench`, taken with one request at a time.
+"""Times read from a report of `outrider bench`, taken with one request at a time and a fixed draft length.
 
 Owns: what the report's figures say about a round. Must not know: the simulation's inside, tables. Pure but for reading.
+Figures are a token asked for, whether the drafter proposed it or not: K is the number of positions in the report.
 
-    step_ms      a plainly decoded token
-    alphas       the conditional acceptance by position
-    overhead_ms  the coordinator's median overhead a round
-    token_ms     what a speculative round takes beyond these, over its draft tokens: drafting, and the further rows of
-                 the target's step, which such a report cannot tell apart
+    row_ms       what a round's verify takes beyond a plainly decoded token, over K
+    step_ms      a plainly decoded token, less its row
+    token_ms     the draft's time in a round, over K
+    overhead_ms  the rest of a round
+    alphas       accepted at a position in a round, over accepted at the one before
 """
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,17 @@ def read_times(file: Path) -> Times:
 
 
 def times_of(report: dict[str, Any]) -> Times:
-    """Raises KeyError or TypeError where a figure is missing."""
-    step_ms = float(report["plain"]["decode_ms_per_token"])
-    overhead_ms = float(report["coordinator_overhead_ms"]["p50"])
-    round_ms = float(report["speculative"]["decode_ms_per_token"]) * float(report["mean_acceptance_length"])
-    num_draft_tokens = report["num_draft_tokens"] / report["num_drafts"]
+    """Raises KeyError, TypeError or ZeroDivisionError where a figure is missing."""
+    limits, rates = report["limits"], report["acceptance_rate_per_position"]
+    plain_ms, num_draft_tokens = float(limits["plain_ms_per_token"]), len(rates)
+    row_ms = max(0.0, limits["verify_ms"] - plain_ms) / num_draft_tokens
+    share = report["num_drafts"] / limits["num_rounds"]
+    survivals = [1.0, *(share * rate for rate in rates)]
     return Times(
-        step_ms=step_ms,
-        token_ms=max(0.0, round_ms - step_ms - overhead_ms) / num_draft_tokens,
-        alphas=tuple(float(alpha) for alpha in report["conditional_acceptance_per_position"]) or (0.0,),
+        step_ms=max(0.0, plain_ms - row_ms),
+        row_ms=row_ms,
+        token_ms=limits["draft_ms"] / num_draft_tokens,
+        alphas=tuple(min(1.0, later / earlier) if earlier else 0.0 for earlier, later in pairwise(survivals)),
         delay_ms=0.0,
-        overhead_ms=overhead_ms,
+        overhead_ms=float(limits["overhead_ms"]),
     )

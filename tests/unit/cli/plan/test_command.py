@@ -51,25 +51,27 @@ def test_a_stricter_time_a_token_takes_fewer_sequences_on_a_target() -> None:
 
 
 REPORT = {
-    "plain": {"decode_ms_per_token": 100.0},
-    "speculative": {"decode_ms_per_token": 50.0},
-    "mean_acceptance_length": 3.0,
-    "coordinator_overhead_ms": {"p50": 2.0},
-    "num_drafts": 10,
-    "num_draft_tokens": 40,
-    "conditional_acceptance_per_position": [0.8, 0.7],
+    "num_drafts": 90,
+    "acceptance_rate_per_position": [0.8, 0.4],
+    "limits": {
+        "num_rounds": 100,
+        "plain_ms_per_token": 50.0,
+        "draft_ms": 8.0,
+        "verify_ms": 60.0,
+        "overhead_ms": 2.0,
+    },
 }
 
 
 def test_times_are_read_from_a_report_and_options_come_first(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(REPORT))
-    assert read_times(file) == Times(100.0, 0.0, 12.0, 0.0, (0.8, 0.7), 0.0, 2.0)
+    assert read_times(file) == Times(45.0, 5.0, 4.0, 0.0, (pytest.approx(0.72), 0.5), 0.0, 2.0)
     times = answer("--from", str(file), "--step-ms", "7")["times"]
-    assert (times["step_ms"], times["token_ms"]) == (7.0, 12.0)
+    assert (times["step_ms"], times["token_ms"]) == (7.0, 4.0)
 
 
-@pytest.mark.parametrize("text", ["{}", "no json", json.dumps(REPORT | {"plain": None})])
+@pytest.mark.parametrize("text", ["{}", "no json", json.dumps(REPORT | {"limits": None})])
 def test_another_file_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
     file = tmp_path / "other.json"
     file.write_text(text)
