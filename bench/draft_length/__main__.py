@@ -31,7 +31,7 @@ MIN_OVER_PLAIN, MIN_OVER_BEST = 0.97, 0.95
 @click.option("--drafters", default=",".join(DRAFTERS), show_default=True, help="Which of good, poor, useless.")
 @click.option("--sizes", default="1,4,16,64", show_default=True, help="Numbers of generations at once.")
 @click.option("--lengths", default=",".join(map(str, LENGTHS)), show_default=True, help="Fixed draft lengths.")
-@click.option("--num-tokens", type=click.IntRange(min=64), default=128, show_default=True, help="Of each generation.")
+@click.option("--num-tokens", type=click.IntRange(min=64), default=160, show_default=True, help="Of each generation.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bench/results"), show_default=True
 )
@@ -97,9 +97,7 @@ def _errors(cells: list[Cell]) -> list[float]:
 
 
 def _print(cells: list[Cell]) -> None:
-    table = Table(
-        "drafter", "at once", "plain", "best K", "adaptive", "over plain", "over best", "drafted a round", "plan"
-    )
+    table = Table("drafter", "at once", "plain", "best K", "adaptive", "over plain", "over best", "drafted", "plan")
     for cell in cells:
         adaptive = next(run for run in cell.runs if run.num_draft_tokens is None)
         table.add_row(
@@ -113,7 +111,7 @@ def _print(cells: list[Cell]) -> None:
             f"{adaptive.mean_draft_len:.2f}",
             f"{_errors([cell])[-1]:.1%}",
         )
-    table.caption = "tokens/s; plan: the farthest that `outrider plan` is off at any K"
+    table.caption = "tokens/s; drafted: a round's; plan: the farthest that `outrider plan` is off at any K"
     results().print(table)
 
 
