@@ -24,10 +24,16 @@ def digest_of(directory: str) -> str:
         raise CommandFailed(f"cannot read {file}: {error}") from None
 
 
-def check_pair(target: str, draft: str) -> None:
-    """Raises CommandFailed if a draft's proposals would mean nothing to the target. Both are directories."""
-    if target != draft and digest_of(target) != digest_of(draft):
+def differ(target: str, draft: str) -> bool:
+    """Whether a draft model has to be told of the target's tokenizer. Both are directories, or `simulated`.
+
+    Raises CommandFailed where that would not help: simulated models work with their own kind alone.
+    """
+    if target == draft or digest_of(target) == digest_of(draft):
+        return False
+    if "simulated" in (target, draft):
         raise CommandFailed(
             f"the draft {Path(draft).name} and the target {Path(target).name} differ in vocabulary: they cannot work "
             "together; --drafter ngram needs no draft model"
         )
+    return True

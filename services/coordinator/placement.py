@@ -153,7 +153,7 @@ def _check_pair(draft: WorkerInfo, target: WorkerInfo, model: ModelInfo) -> None
         raise FailedPrecondition(
             "VOCAB_MISMATCH",
             f"the draft model {draft.model.name} and the target model {model.name} differ in vocabulary: they cannot "
-            "work together (num_draft_tokens 0 decodes with the target alone)",
+            "work together (start the draft with --target-tokenizer; num_draft_tokens 0 decodes with the target alone)",
         )
     if draft.noise_version != target.noise_version:
         raise FailedPrecondition(

@@ -105,6 +105,24 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     return directory
 
 
+def resolve_tokenizer(source: str, cache_dir: Path, reporter: Reporter) -> Path:
+    """A directory with tokenizer.json: `sample`, a directory, or a Hugging Face id, of which no weights are fetched.
+
+    Raises ConfigError where there is none.
+    """
+    if source == SAMPLE:
+        directory = _sample(cache_dir, reporter)
+    elif Path(source).is_dir():
+        directory = Path(source).resolve()
+    elif _HUB_ID.fullmatch(source):
+        directory = _snapshot(source, cache_dir, [pattern for pattern in _HUB_FILES if "safetensors" not in pattern])
+    else:
+        raise ConfigError(f"target_tokenizer: {source!r} is no directory and no Hugging Face id")
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(f"target_tokenizer: {source} has no {_REQUIRED['tokenizer.json']}")
+    return directory
+
+
 def _sample(cache_dir: Path, reporter: Reporter) -> Path:
     target = cache_dir / "models" / SAMPLE_NAME
     if target.is_dir():
@@ -200,7 +218,7 @@ def _num_bytes(folder: Path) -> int:
     return total
 
 
-def _snapshot(model: str, cache_dir: Path) -> Path:
+def _snapshot(model: str, cache_dir: Path, files: list[str] = _HUB_FILES) -> Path:
     """A snapshot in huggingface_hub's own cache format below `cache_dir`; its progress bars go to standard error."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -210,7 +228,7 @@ def _snapshot(model: str, cache_dir: Path) -> Path:
             snapshot_download(
                 model,
                 cache_dir=cache_dir / "hub",
-                allow_patterns=_HUB_FILES,
+                allow_patterns=files,
                 ignore_patterns=_HUB_IGNORED,
                 etag_timeout=10,
             )

@@ -173,13 +173,14 @@ def test_a_model_that_does_not_exist_is_one_clear_failure(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_pair_without_a_common_vocabulary_is_refused_at_the_start(tmp_path):
+def test_a_pair_with_too_small_a_common_vocabulary_is_refused_at_the_start(tmp_path):
     save_model(tmp_path / "target")
-    save_model(tmp_path / "draft", vocab_size=300)
+    save_model(tmp_path / "draft", vocab_size=3)
     models = ("--target", str(tmp_path / "target"), "--drafter", "model", "--draft", str(tmp_path / "draft"))
-    done = run_alone(tmp_path, "up", *models)
+    ports = [word for name in ("coordinator", "draft", "target") for word in (f"--{name}-port", "0")]
+    done = run_alone(tmp_path, "up", *models, *ports)
     assert done.returncode == 1
-    assert "differ in vocabulary" in done.stderr
+    assert "min_vocab_overlap: 0.1 is not reached: 2 of the draft's 3 tokens" in done.stderr
     assert "Traceback" not in done.stderr
 
 

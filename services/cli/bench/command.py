@@ -31,6 +31,7 @@ from services.cli.failure import CommandFailed, describe
 from services.cli.options import address_option, cluster_options
 from services.cli.prompts import Conversation, load_prompts, spread
 from services.cli.terminal import notices, results
+from services.common.drafters import needs_model, parse_chain
 from services.common.errors import OutriderError
 from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
@@ -192,7 +193,7 @@ def _configuration(where: Where, plan: LoadPlan, prompts: Path, num_prompts: int
     """What all cases share, in words."""
     spec = where.spec
     model = {"target": Path(spec.target).name, "dtype": spec.dtype, "device": spec.device}
-    if spec.drafter == "model":
+    if needs_model(parse_chain(spec.drafter)):
         model["draft"] = Path(spec.draft).name
     arrivals = f"{plan.concurrency} at a time" if plan.rate is None else f"{plan.rate:g} a second, Poisson"
     return {

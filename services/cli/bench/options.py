@@ -17,11 +17,12 @@ from services.cli.bench.load import LoadPlan
 from services.cli.bench.peers import PEERS
 from services.cli.bench.sample import Mode
 from services.cli.bench.sweep import SAMPLINGS, Sweep
-from services.cli.cluster import DRAFTERS
 from services.cli.failure import CommandFailed
 from services.cli.options import decode_options
 from services.cli.prompts import OWN_PROMPTS
 from services.client import GenerateOptions
+from services.common.drafters import DRAFTERS, parse_chain
+from services.common.errors import ConfigError
 from services.common.values import MAX_DRAFT_TOKENS, VerificationMethod
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -49,6 +50,21 @@ class Names(click.ParamType[tuple[str, ...]]):
         if unknown:
             self.fail(f"{unknown[0]!r} is not one of {', '.join(self._choices)}", parameter, context)
         return names
+
+
+class Chains(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list of drafters; a plus joins those of a chain, which a comma joins elsewhere."""
+
+    name = "list"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            chains = [parse_chain(part.replace("+", ",")) for part in value.split(",")]
+        except ConfigError as error:
+            self.fail(str(error), parameter, context)
+        return tuple(dict.fromkeys(",".join(chain) for chain in chains))
 
 
 class Output(NamedTuple):
@@ -134,10 +150,10 @@ _OPTIONS = (
     ),
     click.option(
         "--sweep-drafters",
-        type=Names(DRAFTERS),
+        type=Chains(),
         default=(),
         metavar="NAME,...",
-        help=f"Measure each of these drafters ({', '.join(DRAFTERS)}), one cluster after the other.",
+        help=f"Measure each of these drafters ({', '.join(DRAFTERS)}; chains as suffix+model), each in a cluster.",
     ),
     click.option(
         "--sweep-sampling",
