@@ -46,6 +46,18 @@ def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinat
     )
 
 
+class _NumDraftTokens(click.ParamType[int | None]):
+    """A number, or `auto`, which is None."""
+
+    name = f"auto|0-{MAX_DRAFT_TOKENS}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        return click.IntRange(0, MAX_DRAFT_TOKENS).convert(value, param, ctx)
+
+
+NUM_DRAFT_TOKENS = _NumDraftTokens()
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 _CLUSTER_OPTIONS = (
@@ -132,8 +144,8 @@ _DECODE_OPTIONS = (
     ),
     click.option(
         "--num-draft-tokens",
-        type=click.IntRange(0, MAX_DRAFT_TOKENS),
-        help="Draft tokens a round; 0 decodes plainly.  [default: the server's]",
+        type=NUM_DRAFT_TOKENS,
+        help="Draft tokens a round; 0 decodes plainly.  [default: the server's, which is as many as pay]",
     ),
 )
 

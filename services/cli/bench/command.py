@@ -116,14 +116,14 @@ def _case_report(where: Where, plan: LoadPlan, measured: CaseOutcome) -> CaseRep
 
 
 def _formula_terms(where: Where, plan: LoadPlan, num_draft_tokens: int | None) -> FormulaTerms | None:
-    """Only for one request at a time: there the formula's assumptions hold. A simulated cluster's costs are given."""
-    if plan.concurrency != 1 or plan.rate is not None:
+    """Only for one request at a time and a fixed length, as it assumes. A simulated cluster's costs are given."""
+    if plan.concurrency != 1 or plan.rate is not None or num_draft_tokens is None:
         return None
     spec = where.spec
     simulated = spec.target == SIMULATED and spec.drafter == SIMULATED and spec.simulated_step_ms > 0
     given = simulated and where.address is None
     cost_ratio = spec.simulated_token_ms / spec.simulated_step_ms if given else None
-    return FormulaTerms(DEFAULT_NUM_DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens, cost_ratio)
+    return FormulaTerms(num_draft_tokens, cost_ratio)
 
 
 def _run_peers(spec: ClusterSpec, plan: LoadPlan, peers: tuple[str, ...], first: CaseReport) -> tuple[PeerReport, ...]:
