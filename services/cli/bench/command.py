@@ -115,7 +115,7 @@ def _bench_prompts(
 ) -> None:
     if where.address is not None and sweep.drafters:
         raise click.UsageError("--sweep-drafters starts a cluster for each drafter; it cannot be used with --address")
-    check_peers(peers, where.spec, sweep.drafters, own_cluster=where.address is None)
+    check_peers(peers, where.spec.target, _drafters(where, sweep), own_cluster=where.address is None)
     if output.html_file is not None:
         page.check_plots()
     cases = sweep.cases(where.spec.drafter if where.address is None else "", plan.options)
@@ -215,11 +215,15 @@ def _bench_overhead(plan: LoadPlan, conversation: Conversation, output: Output) 
         raise CommandFailed(f"{fields['failed_requests']} requests failed")
 
 
+def _drafters(where: Where, sweep: Sweep) -> tuple[str, ...]:
+    return sweep.drafters or (where.spec.drafter,)
+
+
 def _configuration(where: Where, plan: LoadPlan, sweep: Sweep, prompts: Path, num_prompts: int) -> dict[str, str]:
     """What all cases share, in words."""
     spec = where.spec
     model = {"target": Path(spec.target).name, "dtype": spec.dtype, "device": spec.device}
-    if "model" in (sweep.drafters or (spec.drafter,)):
+    if "model" in _drafters(where, sweep):
         model["draft"] = Path(spec.draft).name
     arrivals = f"{plan.concurrency} at a time" if plan.rate is None else f"{plan.rate:g} a second, Poisson"
     return {

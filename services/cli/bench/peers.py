@@ -22,7 +22,7 @@ from rich.console import Console
 from services.cli.bench.acceptance import ratio
 from services.cli.bench.report import Percentiles
 from services.cli.bench.sample import Sample
-from services.cli.cluster import ClusterSpec, child_environment, prepare_model
+from services.cli.cluster import SIMULATED, ClusterSpec, child_environment, prepare_model
 from services.cli.failure import CommandFailed
 from services.cli.processes import tethered
 from services.cli.terminal import progress_bar
@@ -81,13 +81,13 @@ class PeerReport:
     failure: str | None = None
 
 
-def check_peers(peers: Sequence[str], spec: ClusterSpec, drafters: Sequence[str], *, own_cluster: bool) -> None:
-    """Raises CommandFailed where they cannot run, before anything is measured."""
+def check_peers(peers: Sequence[str], target: str, drafters: Sequence[str], *, own_cluster: bool) -> None:
+    """Raises CommandFailed where they cannot run, before anything is measured. `drafters`: those of all cases."""
     if not peers:
         return
-    if not own_cluster or spec.target == "simulated":
+    if not own_cluster or target == SIMULATED:
         raise CommandFailed("--peers needs a cluster of models that this command starts: no --address, no --simulated")
-    if "assisted" in peers and "model" not in (drafters or (spec.drafter,)):
+    if "assisted" in peers and "model" not in drafters:
         raise CommandFailed("--peers assisted needs a draft model: --drafter model --draft MODEL")
     if importlib.util.find_spec("transformers") is None:
         raise CommandFailed("--peers needs transformers: pip install 'outrider[engine]'")
@@ -151,6 +151,9 @@ def peer_report(
 ) -> PeerReport:
     """`expected`: Outrider's output for each prompt, to count the equal ones."""
     num_tokens = sum(len(t.token_ids) for t in timed)
+    num_identical = None
+    if timed and expected is not None:
+        num_identical = sum(t.token_ids == expected[t.prompt] for t in timed)
     decode_ms = sum(t.steps[-1][0] - t.steps[0][0] for t in timed if t.steps) / 1e6
     num_decoded = sum(t.steps[-1][1] - t.steps[0][1] for t in timed if t.steps)
     return PeerReport(
@@ -163,7 +166,7 @@ def peer_report(
         ttft_ms=Percentiles.of(t.steps[0][0] / 1e6 for t in timed if t.steps),
         total_ms=Percentiles.of(t.total_ns / 1e6 for t in timed),
         mean_acceptance_length=ratio(num_tokens, sum(len(t.steps) for t in timed)),
-        num_identical_outputs=sum(t.token_ids == expected[t.prompt] for t in timed) if expected is not None else None,
+        num_identical_outputs=num_identical,
         failure=failure,
     )
 
