@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 from services.cli.failure import CommandFailed
 from services.cli.processes import Process, output_of
-from services.cli.vocabulary import check_pair
+from services.cli.vocabulary import differ
+from services.common.drafters import LOOKUPS, needs_model, parse_chain
 
 SIMULATED = "simulated"
-DRAFTERS = ("ngram", "model", "simulated")
 DTYPES = ("float32", "bfloat16", "float16")
 _HOST = "127.0.0.1"
 _REDIS_TIMEOUT_S, _WORKER_TIMEOUT_S, _COORDINATOR_TIMEOUT_S = 10.0, 300.0, 30.0
@@ -39,7 +39,7 @@ class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
 
     `target` and `draft` are `sample`, a Hugging Face id, a directory, a GGUF file or `simulated`; `draft` counts for
-    the drafter `model` only. The simulated latencies count for simulated workers only.
+    drafters with a model only. The simulated latencies count for simulated workers only.
     """
 
     target: str = "sample"
@@ -67,8 +67,8 @@ class ThreadSplit(NamedTuple):
 
 
 def split_threads(num_cores: int, drafter: str) -> ThreadSplit:
-    """Only a model drafter computes: it gets a quarter of the cores, the target the rest; else the target gets all."""
-    if drafter != "model":
+    """A drafter with a model gets a quarter of the cores, the target the rest; else the target gets all."""
+    if not needs_model(parse_chain(drafter)):
         return ThreadSplit(target=max(1, num_cores), draft=1)
     draft = max(1, num_cores // 4)
     return ThreadSplit(target=max(1, num_cores - draft), draft=draft)
@@ -124,13 +124,17 @@ class Cluster:
         spec = self._spec
         check_ports(spec.coordinator_port, spec.draft_port, spec.target_port)
         target = prepare_model(spec.target)
-        draft = prepare_model(spec.draft) if spec.drafter == "model" else None
-        if spec.drafter != "ngram":
-            check_pair(target.directory, draft.directory if draft else SIMULATED)
+        chain = parse_chain(spec.drafter)
+        draft = prepare_model(spec.draft) if needs_model(chain) else None
+        own_tokens = chain[-1] not in LOOKUPS
+        translates = own_tokens and differ(target.directory, draft.directory if draft else SIMULATED)
         threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
-        self._start_service("draft", draft_flags(spec, draft, threads.draft), threads.draft)
+        tokenizer = target.directory if translates else ""
+        self._start_service(
+            "draft", draft_flags(spec, draft, threads.draft, target.directory, tokenizer), threads.draft
+        )
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
             self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
@@ -191,11 +195,18 @@ def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[
     return flags
 
 
-def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int) -> list[str]:
+def draft_flags(
+    spec: ClusterSpec, model: PreparedModel | None, threads: int, target: str = "", target_tokenizer: str = ""
+) -> list[str]:
+    """`target`: the target's directory; `target_tokenizer`: the same, where the draft's vocabulary is another."""
     flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
-    if spec.drafter == SIMULATED:
+    if model is not None and target:
+        flags += ["--draft-target", target]
+    if SIMULATED in (*parse_chain(spec.drafter), spec.draft):
         flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
         flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]
+    if target_tokenizer:
+        flags += ["--target-tokenizer", target_tokenizer]
     return flags
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import address_option, json_option
 from services.cli.terminal import results, whole
-from services.client import OutriderClient, SessionRecord
+from services.client import OutriderClient, ServedModel, SessionRecord
 from services.common.errors import OutriderError
 
 T = TypeVar("T")
@@ -54,6 +54,25 @@ def models(address: str, as_json: bool) -> None:
             ready,
         )
     results().print(table)
+    for model in served:
+        if len(model.drafts) > 1:
+            results().print(_draft_table(model))
+
+
+def _draft_table(model: ServedModel) -> Table:
+    table = Table(whole("draft of " + model.name), "weight", whole("drafter"), "ready", "drafted", "accepted", "rate")
+    for draft in model.drafts:
+        rate = draft.acceptance_rate
+        table.add_row(
+            draft.name,
+            f"{draft.weight:g}",
+            " ".join(part for part in (draft.drafter, draft.draft_model) if part) or "none",
+            "yes" if draft.ready else "no",
+            str(draft.num_draft_tokens),
+            str(draft.num_accepted_tokens),
+            "" if rate is None else f"{rate:.3f}",
+        )
+    return table
 
 
 @click.group()

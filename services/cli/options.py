@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
-from services.cli.cluster import DRAFTERS, DTYPES, SIMULATED, ClusterSpec
+from services.cli.cluster import DTYPES, SIMULATED, ClusterSpec
+from services.common.drafters import DRAFTER_HELP, parse_chain
+from services.common.errors import ConfigError
 from services.common.values import MAX_DRAFT_TOKENS, VerificationMethod
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,6 +25,13 @@ def _stated(context: click.Context, parameter: click.Parameter, value: str | Non
     if value is not None and not value.strip():
         raise click.BadParameter("it is empty; name a coordinator as host:port", context, parameter)
     return value
+
+
+def _chain(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return value if value is None else ",".join(parse_chain(value))
+    except ConfigError as error:
+        raise click.BadParameter(str(error).removeprefix("drafter: "), context, parameter) from None
 
 
 def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinator to use.") -> Callable[[F], F]:
@@ -37,6 +46,18 @@ def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinat
     )
 
 
+class _NumDraftTokens(click.ParamType[int | None]):
+    """A number, or `auto`, which is None."""
+
+    name = f"auto|0-{MAX_DRAFT_TOKENS}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        return click.IntRange(0, MAX_DRAFT_TOKENS).convert(value, param, ctx)
+
+
+NUM_DRAFT_TOKENS = _NumDraftTokens()
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 _CLUSTER_OPTIONS = (
@@ -46,11 +67,11 @@ _CLUSTER_OPTIONS = (
         show_default=True,
         help="Target model: sample, a Hugging Face id, a directory, a GGUF file, or simulated.",
     ),
-    click.option("--draft", default="sample", show_default=True, help="Draft model, for --drafter model."),
+    click.option("--draft", default="sample", show_default=True, help="Draft model, for --drafter model and staged."),
     click.option(
         "--drafter",
-        type=click.Choice(DRAFTERS),
-        help="How tokens are proposed.  [default: ngram, or simulated with a simulated target]",
+        callback=_chain,
+        help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: ngram, or simulated with a simulated target]",
     ),
     click.option(
         "--dtype",
@@ -123,8 +144,8 @@ _DECODE_OPTIONS = (
     ),
     click.option(
         "--num-draft-tokens",
-        type=click.IntRange(0, MAX_DRAFT_TOKENS),
-        help="Draft tokens a round; 0 decodes plainly.  [default: the server's]",
+        type=NUM_DRAFT_TOKENS,
+        help="Draft tokens a round; 0 decodes plainly.  [default: the server's, which is as many as pay]",
     ),
 )
 

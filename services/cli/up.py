@@ -14,7 +14,7 @@ import click
 
 from services.cli.cluster import Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
-from services.cli.options import cluster_options, json_option
+from services.cli.options import NUM_DRAFT_TOKENS, cluster_options, json_option
 from services.cli.terminal import Stages, notices, results
 
 _WATCH_S = 0.2
@@ -27,7 +27,9 @@ _PORT = click.IntRange(0, 65_535)
 @click.option("--draft-port", type=_PORT, default=50052, show_default=True, help="0 takes a free one.")
 @click.option("--target-port", type=_PORT, default=50053, show_default=True, help="0 takes a free one.")
 @click.option(
-    "--num-draft-tokens", type=click.IntRange(0, 16), help="Draft tokens a round where a request leaves it open."
+    "--num-draft-tokens",
+    type=NUM_DRAFT_TOKENS,
+    help="Draft tokens a round where a request leaves it open.  [default: auto, as many as pay]",
 )
 @json_option
 def up(

@@ -47,7 +47,8 @@ class GenerateOptions:
     """How to generate. The server checks every value and names the field that it refuses.
 
     A seed that is not given is drawn by the client, so that a resumed stream and its first attempt are one generation.
-    `num_draft_tokens`: draft tokens a round; 0 decodes plainly, None leaves it to the server.
+    `num_draft_tokens`: draft tokens a round; 0 decodes plainly, None leaves it to the server. `draft` names the draft
+    pool to use; empty leaves it to the server.
     """
 
     model: str = ""
@@ -67,6 +68,7 @@ class GenerateOptions:
     ignore_eos: bool = False
     verification: VerificationMethod = VerificationMethod.COUPLED
     num_draft_tokens: int | None = None
+    draft: str = ""
     log_probs: bool = False
     num_top_log_probs: int = 0
     include_special_tokens: bool = False
@@ -152,6 +154,7 @@ class Statistics:
     lossy: bool = False
     num_replaced_tokens: int = 0
     num_replaced_rows: int = 0
+    draft: str = ""
     rounds: tuple[Round, ...] = ()
 
     @property
@@ -202,6 +205,25 @@ class SessionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPool:
+    """Draft workers of one kind that requests may name, and what became of their proposals since the server started."""
+
+    name: str
+    weight: float
+    drafter: str
+    draft_model: str
+    ready: bool
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens; None if nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """A model pair that requests may name."""
 
@@ -212,6 +234,7 @@ class ServedModel:
     vocab_size: int
     max_sequence_len: int
     ready: bool
+    drafts: tuple[DraftPool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from outrider.v1 import coordinator_pb2, sampling_pb2
 
 from services.client.values import (
     Chat,
+    DraftPool,
     GenerateOptions,
     Prompt,
     Round,
@@ -44,6 +45,7 @@ def request_to_proto(
             stop=options.stop,
             verification=method_to_proto(options.verification),
             num_draft_tokens=options.num_draft_tokens,
+            draft=options.draft,
             log_probs=options.log_probs,
             num_top_log_probs=options.num_top_log_probs,
             ignore_eos=options.ignore_eos,
@@ -111,6 +113,7 @@ def statistics_from_proto(message: coordinator_pb2.GenerationStatistics) -> Stat
         lossy=message.lossy,
         num_replaced_tokens=message.num_replaced_tokens,
         num_replaced_rows=message.num_replaced_rows,
+        draft=message.draft,
         rounds=tuple(_round_from_proto(entry) for entry in message.rounds),
     )
 
@@ -148,4 +151,17 @@ def model_from_proto(message: coordinator_pb2.ServedModel) -> ServedModel:
         vocab_size=message.vocab_size,
         max_sequence_len=message.max_sequence_len,
         ready=message.ready,
+        drafts=tuple(
+            DraftPool(
+                name=draft.name,
+                weight=draft.weight,
+                drafter=draft.drafter,
+                draft_model=draft.draft_model,
+                ready=draft.ready,
+                num_drafts=draft.num_drafts,
+                num_draft_tokens=draft.num_draft_tokens,
+                num_accepted_tokens=draft.num_accepted_tokens,
+            )
+            for draft in message.drafts
+        ),
     )

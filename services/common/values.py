@@ -14,6 +14,7 @@ PROTOCOL_VERSION = 1
 NOISE_VERSION = 1
 
 DEFAULT_NUM_DRAFT_TOKENS = 4
+"""Where a fixed number is needed and none is given."""
 MAX_DRAFT_TOKENS = 16
 MAX_TOP_LOG_PROBS = 20
 MAX_LOGIT_BIAS = 300

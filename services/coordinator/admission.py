@@ -35,13 +35,17 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What requests are checked against. `models` are the names served; empty while no target is known."""
+    """What requests are checked against. `models` are the names served; empty while no target is known.
+
+    `default_num_draft_tokens` None: as many as pay.
+    """
 
     models: tuple[str, ...]
     vocab_size: int
-    default_num_draft_tokens: int
+    default_num_draft_tokens: int | None
     max_draft_tokens: int
     max_prompt_bytes: int
+    drafts: tuple[str, ...] = ()
 
 
 def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> GenerationRequest:
@@ -63,6 +67,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         stop_token_ids=tuple(sorted(set(_token_ids("stop_token_ids", message.stop_token_ids, limits)))),
         verification=wire.method_from_proto(message.verification),
         num_draft_tokens=_num_draft_tokens(message, limits),
+        draft=_draft(message.draft, limits),
         log_probs=message.log_probs,
         num_top_log_probs=_within("num_top_log_probs", message.num_top_log_probs, 0, MAX_TOP_LOG_PROBS),
         ignore_eos=message.ignore_eos,
@@ -158,7 +163,13 @@ def _stop(message: coordinator_pb2.GenerateRequest) -> tuple[str, ...]:
     return tuple(message.stop)
 
 
-def _num_draft_tokens(message: coordinator_pb2.GenerateRequest, limits: Limits) -> int:
+def _draft(name: str, limits: Limits) -> str:
+    if name and name not in limits.drafts:
+        raise _invalid("draft", f"no draft pool {name[:80]!r}; there is {', '.join(limits.drafts) or 'none'}")
+    return name
+
+
+def _num_draft_tokens(message: coordinator_pb2.GenerateRequest, limits: Limits) -> int | None:
     if not message.HasField("num_draft_tokens"):
         return limits.default_num_draft_tokens
     return _within("num_draft_tokens", message.num_draft_tokens, 0, limits.max_draft_tokens)

@@ -5,11 +5,25 @@ Owns: their names, defaults and limits. Must not know: what they cause.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.common.config import setting
 from services.common.errors import ConfigError
-from services.common.values import DEFAULT_NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS
+from services.common.values import MAX_DRAFT_TOKENS
+
+AUTO = "auto"
+DEFAULT_DRAFT = "default"
+"""Name of the only draft pool, where it is given none."""
+
+
+class DraftAddress(NamedTuple):
+    """A draft pool as it is configured."""
+
+    name: str
+    address: str
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +34,15 @@ class CoordinatorConfig:
     port: int = setting(50051, "Port to listen on; 0 takes a free one.")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "The Redis that holds the sessions.")
     targets: str = setting("127.0.0.1:50053", "Addresses of target workers, separated by commas.")
-    drafts: str = setting("", "Addresses of draft workers, separated by commas; empty decodes plainly.")
+    drafts: str = setting(
+        "",
+        "Draft pools, separated by commas, each [NAME=]HOST:PORT[@WEIGHT]; empty decodes plainly. Requests that name "
+        "none are spread by the weights.",
+    )
     tokenizer: str = setting("", "Directory with the target's tokenizer.json, or `simulated`.")
-    num_draft_tokens: int = setting(DEFAULT_NUM_DRAFT_TOKENS, "Draft tokens a round where a request names none.")
+    num_draft_tokens: str = setting(
+        AUTO, "Draft tokens a round where a request names none: `auto` takes as many as pay, up to max_draft_tokens."
+    )
     max_draft_tokens: int = setting(MAX_DRAFT_TOKENS, "Most draft tokens a round that a request may ask for.")
     max_prompt_bytes: int = setting(1_000_000, "Most bytes of a request's prompt.")
     max_generations: int = setting(256, "Most generations at once; more are refused with a time to retry.")
@@ -42,7 +62,6 @@ class CoordinatorConfig:
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
             "port": (0, 65_535),
-            "num_draft_tokens": (0, self.max_draft_tokens),
             "max_draft_tokens": (0, MAX_DRAFT_TOKENS),
             "max_prompt_bytes": (1, 15_000_000),
             "max_generations": (1, 65_536),
@@ -64,17 +83,51 @@ class CoordinatorConfig:
             raise ConfigError("tokenizer: name the target's tokenizer directory, or `simulated`")
         if len(self.target_addresses) != 1:
             raise ConfigError("targets: exactly one address is supported")
-        if len(self.draft_addresses) > 1:
-            raise ConfigError("drafts: at most one address is supported")
+        self._check_drafts()
+        fixed = self.fixed_num_draft_tokens
+        if fixed is not None and not 0 <= fixed <= self.max_draft_tokens:
+            raise ConfigError(f"num_draft_tokens: {fixed} is not between 0 and {self.max_draft_tokens}")
 
     @property
     def target_addresses(self) -> tuple[str, ...]:
         return _addresses(self.targets)
 
     @property
-    def draft_addresses(self) -> tuple[str, ...]:
-        return _addresses(self.drafts)
+    def draft_addresses(self) -> tuple[DraftAddress, ...]:
+        parts = _addresses(self.drafts)
+        return tuple(_draft_address(part, DEFAULT_DRAFT if len(parts) == 1 else "") for part in parts)
+
+    @property
+    def fixed_num_draft_tokens(self) -> int | None:
+        """None: as many as pay."""
+        if self.num_draft_tokens == AUTO:
+            return None
+        try:
+            return int(self.num_draft_tokens)
+        except ValueError:
+            raise ConfigError(f"num_draft_tokens: {self.num_draft_tokens!r} is neither a number nor {AUTO}") from None
+
+    def _check_drafts(self) -> None:
+        names = [draft.name for draft in self.draft_addresses]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"drafts: {name} is the name of several pools")
 
 
 def _addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _draft_address(text: str, default_name: str) -> DraftAddress:
+    """Of [NAME=]HOST:PORT[@WEIGHT]. Without a name it is the only one's, else the address. Raises ConfigError."""
+    name, _, rest = text.rpartition("=")
+    address, _, weight_text = rest.partition("@")
+    try:
+        weight = float(weight_text or 1)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise ConfigError(f"drafts: {text!r}: the weight must be a number, 0 or more")
+    if not address:
+        raise ConfigError(f"drafts: {text!r} has no address")
+    return DraftAddress(name.strip() or default_name or address, address.strip(), weight)

@@ -18,10 +18,12 @@ from services.common.service import end_tasks, wait_until
 from services.common.session_store import SessionRecord, SessionStore
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.config import CoordinatorConfig
+from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
 from services.coordinator.generation import Generation, Timeouts
 from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
+from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import Tokenizer
@@ -168,18 +170,21 @@ class Coordinator:
 
     async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
-            self._placement.choose(request.num_draft_tokens)
+            self._choose(request)
         if running := self._running.get(request.session_id):
-            self._placement.choose(request.num_draft_tokens)  # what cannot be continued is not ended
+            self._choose(request)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
         record = await self._store.load(request.session_id)
         if record and record.request_id == request.request_id:
             check_same_request(request, record.request_digest)
             if record.finish_reason:
                 return self._finished(request, record)
-        placed = self._placement.choose(request.num_draft_tokens)
+        placed = self._choose(request)
         opened = await self._opener.open(request, placed, record)
         return self._run(request, placed, opened, arrived_ns)
+
+    def _choose(self, request: GenerationRequest) -> Placed:
+        return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
 
     def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
@@ -212,10 +217,13 @@ class Coordinator:
                 arrived_ns=arrived_ns,
                 lossy=plan.verification.lossy,
                 num_replaced_tokens=opened.num_replaced_tokens,
+                draft=placed.pool.name if placed.pool else "",
+                draft_counts=placed.pool.counts if placed.pool else None,
             ),
             timeouts=Timeouts(
                 self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
             ),
+            length=_draft_length(plan, placed),
             finish=past.finish,
         )
         running = _Running(request.request_id, request.digest, generation, output)
@@ -243,6 +251,12 @@ class Coordinator:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+
+
+def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:
+    if plan.adaptive and placed.pool:
+        return AdaptiveLength(placed.pool.policy, plan.num_draft_tokens)
+    return FixedLength(plan.num_draft_tokens)
 
 
 def _started(request: GenerationRequest, prompt: tuple[int, ...], seed: int) -> Started:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.common.errors import Internal, OutriderError
@@ -17,6 +18,7 @@ from services.common.items import Tokens
 from services.common.session_store import KvHandle
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.committer import Journal
+from services.coordinator.draft_length import DraftLength
 from services.coordinator.draft_sequence import DraftLink, DraftSequence
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
@@ -62,7 +64,9 @@ class Generation:
         output: Output,
         statistics: StatisticsCollector,
         timeouts: Timeouts,
+        length: DraftLength,
         finish: FinishReason | None = None,
+        clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self._plan = plan
         self._tokens = tokens
@@ -74,8 +78,10 @@ class Generation:
             links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
         self._draft = DraftSequence(
-            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._target.interrupt
+            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._interrupt_for_draft
         )
+        self._length = length
+        self._clock = clock
         self._lap_started_ns = 0
         self._finish = finish
         self._abandoned = False
@@ -122,6 +128,7 @@ class Generation:
         finally:
             self._target.close()
             self._draft.close()
+            self._length.close()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
@@ -149,9 +156,8 @@ class Generation:
             await self._target.reopen(TargetLost(error))
 
     async def _advance(self) -> None:
-        """A round where the draft is ready and there is room for more than the target's own token; else decoding."""
-        num_draft_tokens = min(self._plan.num_draft_tokens, self._num_remaining - 1)
-        if self._draft.ready and num_draft_tokens > 0:
+        """A round where the draft is ready and is expected to pay; else decoding."""
+        if num_draft_tokens := self._num_draft_tokens:
             await self._round(num_draft_tokens)
         else:
             await self._decode()
@@ -161,13 +167,14 @@ class Generation:
         if proposed is None:
             return
         verified = await self._target.verify(proposed.proposal)
-        kept = self._trim(verified)
-        self._statistics.round(proposed, verified, len(kept.token_ids), self._lap_ns(), kept.offset)
+        kept, wall_ns = self._trim(verified), self._lap_ns()
+        self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
+        self._length.round(num_draft_tokens, proposed, verified, wall_ns)
         await self._commit_and_emit(kept)
 
     async def _decode(self) -> None:
-        """The target alone, until the draft becomes ready: the first token, then as many as it takes."""
-        waits_for_draft = self._draft.wanted and self._target.round < 0
+        """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
+        waits_for_draft = self._draft.wanted and self._target.round < 0 and self._length.choose(self._num_remaining - 1)
         self._lap_ns()
         self._target.begin_decode(1 if waits_for_draft else self._num_remaining)
         done = False
@@ -177,11 +184,21 @@ class Generation:
             if decoded.token_ids:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
+                self._length.decoded(decoded, self._lap_ns())
                 await self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
-            if self._output.full or (self._draft.ready and self._num_remaining > 1):
+            if self._output.full or self._num_draft_tokens:
                 self._target.interrupt()
         self._lap_ns()
+
+    @property
+    def _num_draft_tokens(self) -> int:
+        """Of the next round, behind which there is room for the target's own token; 0: none is to be drafted."""
+        return self._length.choose(self._num_remaining - 1) if self._draft.ready else 0
+
+    def _interrupt_for_draft(self) -> None:
+        if self._num_draft_tokens:
+            self._target.interrupt()
 
     def _trim(self, result: Tokens) -> Trimmed:
         num_own = len(result.token_ids) - result.num_accepted_tokens
@@ -218,7 +235,7 @@ class Generation:
 
     def _lap_ns(self) -> int:
         """Time since the last call: a round's wall time, with whatever kept it from starting."""
-        now_ns = time.perf_counter_ns()
+        now_ns = self._clock()
         lap_ns, self._lap_started_ns = now_ns - self._lap_started_ns, now_ns
         return lap_ns
 

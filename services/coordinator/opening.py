@@ -146,10 +146,11 @@ class SessionOpener:
             end_token_ids=eos | frozenset(request.stop_token_ids),
             sampling=replace(request.sampling, seed=seed),
             verification=request.verification,
-            num_draft_tokens=min(request.num_draft_tokens, _max_draft_tokens(placed)),
+            num_draft_tokens=_num_draft_tokens(request, placed),
             log_probs=request.log_probs,
             num_top_log_probs=request.num_top_log_probs,
             vocab_size=placed.model.vocab_size,
+            adaptive=request.num_draft_tokens is None,
         )
 
 
@@ -190,9 +191,10 @@ def _handles(placed: Placed) -> dict[str, str]:
     return handles
 
 
-def _max_draft_tokens(placed: Placed) -> int:
+def _num_draft_tokens(request: GenerationRequest, placed: Placed) -> int:
+    """As asked, at most what target and draft take."""
     limits = [placed.target.max_draft_tokens] + ([placed.draft.max_draft_tokens] if placed.draft else [])
-    return min(limits)
+    return min(limits) if request.num_draft_tokens is None else min(request.num_draft_tokens, *limits)
 
 
 def _adopted_origins(adopted: tuple[int, ...]) -> bytes:

@@ -25,10 +25,12 @@ class GenerationPlan:
     sampling: SamplingParams
     verification: VerificationMethod
     num_draft_tokens: int
+    """Of every round; where `adaptive`, the most of any."""
     log_probs: bool
     num_top_log_probs: int
     vocab_size: int
     """The target's: what is proposed must lie within."""
+    adaptive: bool = False
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)

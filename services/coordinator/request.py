@@ -57,7 +57,10 @@ class GenerationRequest:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     verification: VerificationMethod
-    num_draft_tokens: int
+    num_draft_tokens: int | None
+    """None: as many as pay, up to the server's limit."""
+    draft: str
+    """Name of the draft pool; empty leaves it to the pools' weights."""
     log_probs: bool
     num_top_log_probs: int
     ignore_eos: bool

@@ -22,7 +22,8 @@ from services.common.session_store import SessionStore
 from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
-from services.coordinator.placement import Placement
+from services.coordinator.draft_length import LengthPolicy
+from services.coordinator.placement import DraftPool, Placement
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.tokenizer import load_tokenizer
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink
@@ -66,8 +67,12 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
         await _check_store(store)
-        draft = WorkerLink(config.draft_addresses[0], DRAFT_CODEC) if config.draft_addresses else None
-        placement = Placement(WorkerLink(config.target_addresses[0], TARGET_CODEC), draft, tokenizer.vocab_digest)
+        target = WorkerLink(config.target_addresses[0], TARGET_CODEC)
+        drafts = [
+            DraftPool(name, weight, WorkerLink(address, DRAFT_CODEC), LengthPolicy(lambda: target.load.num_sequences))
+            for name, address, weight in config.draft_addresses
+        ]
+        placement = Placement(target, drafts, tokenizer.vocab_digest)
         committer = Committer(store, retry_s=config.store_retry_s)
         coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
         server = GrpcServer(

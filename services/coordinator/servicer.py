@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
-from services.common.values import FinishReason, TokenOrigin
+from services.common.values import FinishReason, ModelInfo, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.output import Chunk, Started
-from services.coordinator.placement import Placement, Served
+from services.coordinator.placement import DraftPool, Placement, Served
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import Trimmed
@@ -77,9 +77,10 @@ class CoordinatorServicer:
         return Limits(
             models=tuple(pair.model.name for pair in served),
             vocab_size=min(vocab_sizes),
-            default_num_draft_tokens=self._config.num_draft_tokens,
+            default_num_draft_tokens=self._config.fixed_num_draft_tokens,
             max_draft_tokens=self._config.max_draft_tokens,
             max_prompt_bytes=self._config.max_prompt_bytes,
+            drafts=self._placement.draft_names,
         )
 
 
@@ -136,17 +137,35 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
         lossy=statistics.lossy,
         num_replaced_tokens=statistics.num_replaced_tokens,
         num_replaced_rows=statistics.num_replaced_rows,
+        draft=statistics.draft,
         rounds=[pb.RoundStatistics(**fields._asdict()) for fields in statistics.rounds],
     )
 
 
 def _encode_served(served: Served) -> pb.ServedModel:
+    drafts = [_encode_pool(pool, served.model) for pool in served.drafts]
+    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.link.up), pb.DraftPool())
     return pb.ServedModel(
         name=served.model.name,
         digest=served.model.digest,
-        drafter=served.drafter,
-        draft_model=served.draft_model,
+        drafter=connected.drafter,
+        draft_model=connected.draft_model,
         vocab_size=served.model.vocab_size,
         max_sequence_len=served.max_sequence_len,
         ready=served.ready,
+        drafts=drafts,
+    )
+
+
+def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:
+    info = pool.link.info
+    return pb.DraftPool(
+        name=pool.name,
+        weight=pool.weight,
+        drafter=info.drafter if info else "",
+        draft_model=info.model.name if info and info.model else "",
+        ready=pool.fits(model),
+        num_drafts=pool.counts.num_drafts,
+        num_draft_tokens=pool.counts.num_draft_tokens,
+        num_accepted_tokens=pool.counts.num_accepted_tokens,
     )

@@ -46,6 +46,7 @@ class GenerationStatistics:
     lossy: bool = False
     num_replaced_tokens: int = 0
     num_replaced_rows: int = 0
+    draft: str = ""
     rounds: tuple[RoundStatistics, ...] = ()
 
     def to_json(self) -> str:
@@ -60,13 +61,40 @@ class GenerationStatistics:
         return cls(**values)
 
 
-class StatisticsCollector:
-    """Gathers them while the generation runs. `arrived_ns` is when the request came in, by time.perf_counter_ns."""
+@dataclass(slots=True)
+class DraftCounts:
+    """What became of the proposals of one draft pool, over all generations."""
 
-    def __init__(self, *, arrived_ns: int, lossy: bool, num_replaced_tokens: int) -> None:
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+
+
+class StatisticsCollector:
+    """Gathers them while the generation runs. `arrived_ns` is when the request came in, by time.perf_counter_ns.
+
+    `draft` names the pool that drafts for it, and what it drafts is added to `draft_counts`.
+    """
+
+    def __init__(
+        self,
+        *,
+        arrived_ns: int,
+        lossy: bool,
+        num_replaced_tokens: int,
+        draft: str = "",
+        draft_counts: DraftCounts | None = None,
+    ) -> None:
         self._arrived_ns = arrived_ns
         self._lossy = lossy
         self._num_replaced_tokens = num_replaced_tokens
+        self._draft = draft
+        self._draft_counts = draft_counts or DraftCounts()
         self._num_rounds = 0
         self._num_drafts = 0
         self._num_draft_tokens = 0
@@ -113,6 +141,7 @@ class StatisticsCollector:
             self._num_drafts += 1
             self._num_draft_tokens += num_drafted
             self._num_accepted_tokens += num_accepted
+            self._draft_counts.add(num_drafted, num_accepted)
             for position in range(min(num_accepted + 1, num_drafted)):
                 self._verified[position] += 1
                 self._accepted[position] += position < num_accepted
@@ -138,5 +167,6 @@ class StatisticsCollector:
             lossy=self._lossy,
             num_replaced_tokens=self._num_replaced_tokens,
             num_replaced_rows=self._num_replaced_rows,
+            draft=self._draft,
             rounds=tuple(self._rounds),
         )

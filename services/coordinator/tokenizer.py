@@ -6,7 +6,6 @@ Must not know: models, torch, transformers. Encoding is CPU work that may take l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +13,8 @@ from typing import Protocol
 import tokenizers
 
 from services.common.errors import ConfigError, FailedPrecondition
-from services.common.vocab import SIMULATED_EOS, simulated_vocab, vocab_digest
+from services.common.tokenizer_files import eos_token_ids, read_json, special_tokens
+from services.common.vocab import SIMULATED_EOS, byte_level_bytes, simulated_vocab, vocab_digest
 from services.coordinator.chat_template import ChatTemplate, Message
 from services.coordinator.detokenizer import ByteTextStream, TextStream, WindowTextStream
 
@@ -88,20 +88,20 @@ class DirectoryTokenizer:
             raise ConfigError(f"tokenizer: cannot read {directory / 'tokenizer.json'}: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(directory / "tokenizer_config.json")
-        special = _special_tokens(config, _read_json(directory / "special_tokens_map.json"))
+        config = read_json(directory / "tokenizer_config.json")
+        special = special_tokens(config, read_json(directory / "special_tokens_map.json"))
         source = _template_source(directory, config)
         self._template = ChatTemplate(source, special) if source else None
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_digest = vocab_digest(vocab)
         self.vocab_size = 1 + max(vocab.values(), default=-1)
-        self.eos_token_ids = _eos_token_ids(directory, vocab, special)
+        self.eos_token_ids = eos_token_ids(directory, vocab, special)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._all_bytes: Mapping[int, bytes] | None = None
         if _is_byte_level(self._tokenizer):
             added_bytes = {token_id: token.content.encode() for token_id, token in added.items()}
-            self._all_bytes = {token_id: _byte_level(token) for token, token_id in vocab.items()} | added_bytes
+            self._all_bytes = {token_id: byte_level_bytes(token) for token, token_id in vocab.items()} | added_bytes
             self._plain_bytes = {i: data for i, data in self._all_bytes.items() if i not in self._special_ids}
 
     def encode(self, text: str, *, continues: bool) -> list[int]:
@@ -121,27 +121,6 @@ class DirectoryTokenizer:
         return WindowTextStream(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), hidden, context)
 
 
-def _read_json(path: Path) -> Mapping[str, object]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"tokenizer: {path} is not valid JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _special_tokens(*sources: Mapping[str, object]) -> dict[str, str]:
-    """bos_token and the like by name; each is a string, or an object with `content`."""
-    found: dict[str, str] = {}
-    for source in reversed(sources):
-        for name, value in source.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str):
-                found[name] = content
-    return found
-
-
 def _template_source(directory: Path, config: Mapping[str, object]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
@@ -153,33 +132,5 @@ def _template_source(directory: Path, config: Mapping[str, object]) -> str | Non
     return template if isinstance(template, str) else None
 
 
-def _eos_token_ids(directory: Path, vocab: Mapping[str, int], special: Mapping[str, str]) -> frozenset[int]:
-    """The model's own list where there is one; else the tokenizer's."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(directory / name).get("eos_token_id")
-        ids = value if isinstance(value, list) else [value]
-        if found := frozenset(token_id for token_id in ids if isinstance(token_id, int)):
-            return found
-    eos = special.get("eos_token", "")
-    return frozenset({vocab[eos]}) if eos in vocab else frozenset()
-
-
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     return isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character (Radford et al. 2019, GPT-2): its inverse."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    """The bytes that a token stands for; a token outside the alphabet stands for itself."""
-    if all(character in _ALPHABET for character in token):
-        return bytes(_ALPHABET[character] for character in token)
-    return token.encode()

@@ -93,8 +93,8 @@ class DraftCore:
     def abandon(self, error: OutriderError) -> Results:
         """Ends every sequence; refuses what was in progress with `error`. Nothing stays cached."""
         results = [result for slot in self._table.slots for result in self._end(slot, error)]
-        if self._drafter.blocks:
-            self._drafter.blocks.forget_cached()
+        for pool in self._drafter.pools([]):
+            pool.blocks.forget_cached()
         return results
 
     @property
@@ -125,8 +125,8 @@ class DraftCore:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where blocks and open sequences contradict each other."""
-        if self._drafter.blocks:
-            self._drafter.blocks.check_integrity(slot.sequence for slot in self._table.slots)
+        for pool in self._drafter.pools([slot.draft for slot in self._table.slots]):
+            pool.blocks.check_integrity(pool.sequences)
 
     def step(self) -> Results:
         """Computes one step of the drafter; returns what it completed."""

@@ -6,7 +6,8 @@ Owns: which drafter stands behind the core. Must not know: how proposals come ab
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
 from outrider.v1 import draft_pb2
@@ -28,12 +29,24 @@ from services.draft.core import DraftCore
 from services.draft.servicer import DraftServicer
 from services.engine.block_manager import BlockManager
 from services.engine.drafters.base import Drafter
+from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.output_memory import NODE_BYTES, OutputMemory
 from services.engine.drafters.simulated import simulated_drafter
+from services.engine.drafters.staged import StagedDrafter
+from services.engine.drafters.suffix import MAX_DEPTH, SuffixDrafter, SuffixPolicy
+from services.engine.drafters.translated import TranslatedDrafter
 from services.engine.engine_thread import EngineThread
 from services.engine.prefix_cache import model_key
-from services.engine.simulated import SIMULATED_MAX_SEQUENCE_LEN, SIMULATED_NUM_BLOCKS, simulated_info
+from services.engine.simulated import (
+    SIMULATED,
+    SIMULATED_MAX_SEQUENCE_LEN,
+    SIMULATED_NUM_BLOCKS,
+    SimulatedTarget,
+    simulated_info,
+)
+from services.engine.step import TargetModel
 
 MAX_LOOKUP_LEN = 1 << 20
 """Most tokens of a sequence for a drafter without a model."""
@@ -87,15 +100,20 @@ def build(config: DraftConfig) -> BuiltWorker:
 
 
 def _drafter(config: DraftConfig, failure: Failure) -> _Drafter:
-    match config.drafter:
+    *lookups, last = config.chain
+    parts = [_single(config, name, failure, min_match=config.chain_min_match).drafter for name in lookups]
+    end = _single(config, last, failure)
+    return end._replace(drafter=FallbackDrafter(parts, end.drafter)) if parts else end
+
+
+def _single(config: DraftConfig, name: str, failure: Failure, min_match: int = 1) -> _Drafter:
+    match name:
         case "ngram":
-            if not 1 <= config.ngram_min <= config.ngram_max:
-                raise ConfigError(f"ngram_min: {config.ngram_min} is not between 1 and ngram_max, {config.ngram_max}")
-            return _Drafter(NgramDrafter(config.ngram_max, config.ngram_min), MAX_LOOKUP_LEN)
+            return _Drafter(NgramDrafter(config.ngram_max, max(min_match, config.ngram_min)), MAX_LOOKUP_LEN)
+        case "suffix":
+            return _Drafter(_suffix_drafter(config, min_match), MAX_LOOKUP_LEN)
         case "simulated":
-            blocks = BlockManager(
-                config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info())
-            )
+            blocks = _simulated_blocks(config)
             drafter = simulated_drafter(
                 blocks,
                 token_ms=config.simulated_token_ms,
@@ -103,16 +121,89 @@ def _drafter(config: DraftConfig, failure: Failure) -> _Drafter:
                 seed=config.simulated_seed,
             )
             return _Drafter(drafter, SIMULATED_MAX_SEQUENCE_LEN)
+        case "staged":
+            return _staged_drafter(config, failure)
     return _model_drafter(config, failure)
 
 
+def _simulated_blocks(config: DraftConfig) -> BlockManager:
+    return BlockManager(config.num_blocks or SIMULATED_NUM_BLOCKS, config.block_size, model_key(simulated_info()))
+
+
+def _suffix_drafter(config: DraftConfig, min_match: int) -> SuffixDrafter:
+    policy = SuffixPolicy(
+        min_match=max(min_match, config.suffix_min_match),
+        max_len_factor=config.suffix_max_len_factor,
+        min_prob=config.suffix_min_prob,
+    )
+    max_nodes = (config.suffix_memory_mb << 20) // NODE_BYTES
+    return SuffixDrafter(policy, OutputMemory(max_nodes, MAX_DEPTH) if config.suffix_shared else None)
+
+
 def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
-    from services.engine.composition import engine_of
+    from services.engine.composition import engine_of, vocabulary_pair_of
     from services.engine.paged_model import PagedDraftModel
     from services.engine.sampler import Sampler
+    from services.engine.translated_sampler import TranslatingSampler
 
-    engine = engine_of(config, failure)
+    pair = vocabulary_pair_of(config.model, config.target_tokenizer, config.min_vocab_overlap)
+    engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
-    drafter = ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=config.prefill_budget)
-    return _Drafter(drafter, max_len, engine.close)
+    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler()
+    drafter = ModelDrafter(PagedDraftModel(engine, sampler), blocks, prefill_budget=config.prefill_budget)
+    if pair is None:
+        return _Drafter(drafter, max_len, engine.close)
+    by_text = config.greedy_matching == "text"
+    translated = TranslatedDrafter(drafter, pair, max_own_len=max_len, greedy_by_text=by_text)
+    return _Drafter(translated, max_len, engine.close)
+
+
+def _staged_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
+    smaller_config = replace(config, model=config.staged_model, model_name="") if config.staged_model else config
+    smaller = _single(smaller_config, config.staged_drafter, failure)
+    try:
+        model, blocks, model_len, close = _verifying_model(config, failure)
+    except BaseException:
+        smaller.close()
+        raise
+    drafter = StagedDrafter(
+        smaller.drafter,
+        model,
+        blocks,
+        num_draft_tokens=config.staged_draft_tokens,
+        prefill_budget=config.prefill_budget,
+    )
+    closing = ExitStack()
+    closing.callback(smaller.close)
+    closing.callback(close)
+    staged = _Drafter(drafter, min(model_len, smaller.max_sequence_len), closing.close)
+    info = smaller.drafter.info
+    if info is not None and info.vocab_digest != model.info.vocab_digest:
+        staged.close()
+        raise ConfigError(f"staged_drafter: {info.name} and {model.info.name} differ in vocabulary")
+    return staged
+
+
+class _VerifyingModel(NamedTuple):
+    """The model that a smaller drafter drafts for."""
+
+    model: TargetModel
+    blocks: BlockManager
+    max_sequence_len: int
+    close: Callable[[], None] = nothing_to_close
+
+
+def _verifying_model(config: DraftConfig, failure: Failure) -> _VerifyingModel:
+    if config.model == SIMULATED:
+        blocks = _simulated_blocks(config)
+        model = SimulatedTarget(blocks, step_ms=config.simulated_token_ms)
+        return _VerifyingModel(model, blocks, SIMULATED_MAX_SEQUENCE_LEN)
+    from services.engine.composition import engine_of
+    from services.engine.draft_verifier import DraftVerifier
+    from services.engine.paged_model import PagedTargetModel
+
+    engine = engine_of(config, failure, config.draft_target)
+    blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
+    max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
+    return _VerifyingModel(PagedTargetModel(engine, DraftVerifier()), blocks, max_len, engine.close)

@@ -100,8 +100,32 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     else:
         raise ConfigError(f"model: {model!r} is no directory, no .gguf file and no Hugging Face id")
     for pattern, what in _REQUIRED.items():
-        if not any(directory.glob(pattern)):
+        if not any(directory.glob(pattern)) and not (pattern == "tokenizer.json" and _is_trained_draft(directory)):
             raise ModelUnsupported(f"{model}: {directory.name} has no {what}")
+    return directory
+
+
+def _is_trained_draft(directory: Path) -> bool:
+    """Such a draft uses its target's tokenizer (services.engine.trained_draft)."""
+    config = json.loads((directory / "config.json").read_text())
+    return isinstance(config, dict) and "outrider_draft" in config
+
+
+def resolve_tokenizer(source: str, cache_dir: Path, reporter: Reporter) -> Path:
+    """A directory with tokenizer.json: `sample`, a directory, or a Hugging Face id, of which no weights are fetched.
+
+    Raises ConfigError where there is none.
+    """
+    if source == SAMPLE:
+        directory = _sample(cache_dir, reporter)
+    elif Path(source).is_dir():
+        directory = Path(source).resolve()
+    elif _HUB_ID.fullmatch(source):
+        directory = _snapshot(source, cache_dir, [pattern for pattern in _HUB_FILES if "safetensors" not in pattern])
+    else:
+        raise ConfigError(f"target_tokenizer: {source!r} is no directory and no Hugging Face id")
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(f"target_tokenizer: {source} has no {_REQUIRED['tokenizer.json']}")
     return directory
 
 
@@ -200,7 +224,7 @@ def _num_bytes(folder: Path) -> int:
     return total
 
 
-def _snapshot(model: str, cache_dir: Path) -> Path:
+def _snapshot(model: str, cache_dir: Path, files: list[str] = _HUB_FILES) -> Path:
     """A snapshot in huggingface_hub's own cache format below `cache_dir`; its progress bars go to standard error."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -210,7 +234,7 @@ def _snapshot(model: str, cache_dir: Path) -> Path:
             snapshot_download(
                 model,
                 cache_dir=cache_dir / "hub",
-                allow_patterns=_HUB_FILES,
+                allow_patterns=files,
                 ignore_patterns=_HUB_IGNORED,
                 etag_timeout=10,
             )

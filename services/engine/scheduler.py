@@ -52,9 +52,13 @@ class Demand:
     """A token is to come of it; otherwise only the prefix is to be cached, but for its last token."""
     proposal: Proposal | None = None
     """Verified together with the row."""
+    deferred: bool = False
+    """What is to be cached can wait until a row is wanted."""
 
     @property
     def num_tokens_to_cache(self) -> int:
+        if self.deferred and not self.wants_row:
+            return 0
         return self.sequence.num_uncached_tokens - (not self.wants_row)
 
     @property

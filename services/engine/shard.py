@@ -44,6 +44,8 @@ class ShardSpec:
     num_threads: int
     cuda_graph_rows: int
     compile: bool
+    target_directory: str = ""
+    """Of the target whose embedding a trained draft borrows."""
     rank: int = 0
     size: int = 1
 
@@ -98,7 +100,10 @@ def load_shard(spec: ShardSpec, reporter: Reporter) -> Shard:
         torch.set_num_threads(spec.num_threads)
     quantised = spec.dtype == quantisation.INT8
     dtype = quantisation.COMPUTE_DTYPE if quantised else torch_dtype(spec.dtype)
-    model = load_model(Path(spec.directory), dtype, device, reporter, num_ranks=spec.size, quantised=quantised)
+    target = Path(spec.target_directory) if spec.target_directory else None
+    model = load_model(
+        Path(spec.directory), dtype, device, reporter, num_ranks=spec.size, quantised=quantised, target=target
+    )
     with reporter.task("Asking the model's own attention"):
         reference = reference_of(model)
     if spec.packs and not quantised:

@@ -51,6 +51,8 @@ class Verdict(NamedTuple):
     log_probs: tuple[float, ...] = ()
     top_log_probs: tuple[TopLogProbs, ...] = ()
     rows_replaced: bool = False
+    rows: tuple[SparseRow | None, ...] = ()
+    """Where a draft verified another one's tokens (drafters.staged): what the tokens are distributed as; () = none."""
 
 
 class Sampled(NamedTuple):

@@ -6,6 +6,7 @@ Owns: playing the coordinator for many sessions at once. Must not know: how resu
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,19 @@ from services.common.items import Close, Decode, Identity, Open, Propose, Propos
 from services.common.values import ModelInfo, SamplingParams, VerificationMethod, derive_draft_seed
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
+from services.engine.draft_verifier import DraftVerifier
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.model import ModelDrafter
+from services.engine.drafters.staged import StagedDrafter
+from services.engine.drafters.translated import TranslatedDrafter
 from services.engine.model_runner import ModelRunner
 from services.engine.models import probe_model
 from services.engine.paged_attention import IMPLEMENTATION, register
 from services.engine.paged_model import LogitsSampler, PagedDraftModel, PagedEngine, PagedTargetModel
+from services.engine.sampler import Sampler
+from services.engine.translated_sampler import TranslatingSampler
 from services.engine.verifier import Verifier
+from services.engine.vocabulary_pair import VocabularyPair
 from services.target.core import TargetCore
 
 CONNECTION = 1
@@ -42,20 +49,36 @@ def paged_engine(module: PreTrainedModel, num_blocks: int = 2048) -> PagedEngine
     return PagedEngine(runner, info, frozenset(), model.max_sequence_len, num_blocks, BLOCK_SIZE, 0.0)
 
 
-def target_core(module: PreTrainedModel, verifier: Verifier, max_sequences: int) -> TargetCore:
+def target_core(
+    module: PreTrainedModel, verifier: Verifier, max_sequences: int, max_sequence_len: int = 64
+) -> TargetCore:
     engine = paged_engine(module)
     blocks = BlockManager(engine.num_blocks, engine.block_size)
     model = PagedTargetModel(engine, verifier)
-    return TargetCore(model, blocks, max_sequences=max_sequences, max_sequence_len=64, max_draft_tokens=4)
+    return TargetCore(model, blocks, max_sequences=max_sequences, max_sequence_len=max_sequence_len, max_draft_tokens=4)
 
 
-def draft_core(drafter: Drafter, max_sequences: int) -> DraftCore:
-    return DraftCore(drafter, max_sequences=max_sequences, max_sequence_len=64, max_draft_tokens=4)
+def draft_core(drafter: Drafter, max_sequences: int, max_sequence_len: int = 64) -> DraftCore:
+    return DraftCore(drafter, max_sequences=max_sequences, max_sequence_len=max_sequence_len, max_draft_tokens=4)
 
 
 def model_drafter(module: PreTrainedModel, sampler: LogitsSampler) -> ModelDrafter:
     engine = paged_engine(module)
     return ModelDrafter(PagedDraftModel(engine, sampler), BlockManager(engine.num_blocks, engine.block_size))
+
+
+def translated_drafter(module: PreTrainedModel, pair: VocabularyPair, greedy_by_text: bool = True) -> TranslatedDrafter:
+    inner = model_drafter(module, TranslatingSampler(Sampler(), pair))
+    return TranslatedDrafter(
+        inner, pair, max_own_len=module.config.max_position_embeddings, greedy_by_text=greedy_by_text
+    )
+
+
+def staged_drafter(smaller: Drafter, module: PreTrainedModel) -> StagedDrafter:
+    """Proposals of 3 tokens come of up to 3 inner rounds."""
+    engine = paged_engine(module)
+    model, blocks = PagedTargetModel(engine, DraftVerifier()), BlockManager(engine.num_blocks, engine.block_size)
+    return StagedDrafter(smaller, model, blocks, num_draft_tokens=2)
 
 
 def generate(
@@ -66,15 +89,17 @@ def generate(
     method: VerificationMethod,
     num_tokens: int,
     attempt: int,
+    on_verified: Callable[[Tokens], None] = lambda result: None,
 ) -> npt.NDArray[np.int64]:
     """The first `num_tokens` tokens of a session for each of `samplings`, all running at once: [sessions, num_tokens].
 
     The first token is decoded, the others come in rounds of 1 to 3 drafted tokens. Both cores are empty afterwards;
-    `attempt` grows from one call to the next.
+    `attempt` grows from one call to the next; `on_verified` hears every verdict.
     """
     tokens = {str(number): list(prompt) for number in range(len(samplings))}
     sampling_of = dict(zip(tokens, samplings, strict=True))
-    openings = [_open(session, attempt, prompt, sampling, method) for session, sampling in sampling_of.items()]
+    budget = num_tokens + 8
+    openings = [_open(session, attempt, prompt, sampling, method, budget) for session, sampling in sampling_of.items()]
     _run(draft, [_for_draft(item) for item in openings])
     committed = _commit(tokens, _run(target, [*openings, *(Decode(item.identity, 1) for item in openings)]))
     round_number = 0
@@ -87,7 +112,10 @@ def generate(
         ]
         proposals = [r for r in _run(draft, asked) if isinstance(r, Proposed)]
         verifies = [Verify(identities[r.identity.session_id], r.proposal) for r in proposals]
-        committed = _commit(tokens, _run(target, verifies))
+        verified = _run(target, verifies)
+        for result in verified:
+            on_verified(result)
+        committed = _commit(tokens, verified)
     closes = [Close(item.identity) for item in openings]
     for core in (draft, target):
         _run(core, closes)
@@ -95,7 +123,14 @@ def generate(
     return np.array([line[len(prompt) :][:num_tokens] for line in tokens.values()])
 
 
-def _open(session: str, attempt: int, prompt: list[int], sampling: SamplingParams, method: VerificationMethod) -> Open:
+def _open(
+    session: str,
+    attempt: int,
+    prompt: list[int],
+    sampling: SamplingParams,
+    method: VerificationMethod,
+    max_new_tokens: int,
+) -> Open:
     return Open(
         identity=Identity(session, 1, attempt, 0, len(prompt)),
         prefix=tuple(prompt),
@@ -103,7 +138,7 @@ def _open(session: str, attempt: int, prompt: list[int], sampling: SamplingParam
         eos_token_ids=frozenset(),
         sampling=sampling,
         verification=method,
-        max_new_tokens=12,
+        max_new_tokens=max_new_tokens,
     )
 
 

@@ -14,22 +14,36 @@ from transformers import PreTrainedModel
 
 from services.common.values import SamplingParams, VerificationMethod
 from services.engine.drafters.base import Drafter
+from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.suffix import SuffixDrafter, SuffixPolicy
 from services.engine.processing import Row
 from services.engine.sampler import Sampler
 from services.engine.step import Sampled, Work
 from services.engine.verifier import Verifier
+from services.engine.vocabulary_pair import match_vocabularies
 from tests.distribution.chains import NUM_TOKENS, count_cells, tell_lies
 from tests.distribution.chi_square import LEAST_P, p_value
-from tests.distribution.engine import draft_core, generate, model_drafter, target_core
+from tests.distribution.engine import (
+    draft_core,
+    generate,
+    model_drafter,
+    staged_drafter,
+    target_core,
+    translated_drafter,
+)
 from tests.tiny_models import build_model
 from tests.unit.engine.processing_reference import reference
 from tests.unit.engine.sampling_builders import sequence
+from tests.vocabularies import characters, twin, vocabulary
 
 VOCAB_SIZE = 8
 NUM_DRAWS = 10_000
 NUM_AT_ONCE = 256
 PROMPT = [1, 2, 5, 1, 2]
+TOKENS = list("abcdefgh")
+OTHER_TOKENS = ["x", "f", "c", "a", "<0x63>", "y", "b", "g", "d", "h"]
+"""A draft's: in another order, two unknown to the target, one of the target's missing, one twice."""
 SAMPLING = {
     "top_k": {"top_k": 4, "temperature": 1.2},
     "penalties": {"top_p": 0.95, "presence_penalty": 0.8, "repetition_penalty": 1.3},
@@ -63,6 +77,15 @@ def drafter_of(kind: str, target: PreTrainedModel) -> Drafter:
             return model_drafter(target, Sampler())
         case "lying":
             return model_drafter(near, LyingSampler())
+        case "translated":
+            pair = match_vocabularies(vocabulary(characters(OTHER_TOKENS)), vocabulary(characters(TOKENS)))
+            return translated_drafter(twin(near, pair, len(OTHER_TOKENS)), pair)
+        case "staged":
+            return staged_drafter(model_drafter(stranger, Sampler()), near)
+        case "staged-deterministic":
+            return staged_drafter(NgramDrafter(), near)
+        case "chain":
+            return FallbackDrafter([SuffixDrafter(SuffixPolicy(min_match=2))], model_drafter(near, Sampler()))
     return NgramDrafter()
 
 
@@ -90,6 +113,11 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
         ("identical", "top_k"),
         ("deterministic", "penalties"),
         ("lying", "penalties"),
+        ("translated", "penalties"),
+        ("translated", "top_k"),
+        ("staged", "penalties"),
+        ("staged-deterministic", "top_k"),
+        ("chain", "top_k"),
     ],
 )
 def test_generated_tokens_have_the_targets_joint_distribution(target, method, kind, processing):

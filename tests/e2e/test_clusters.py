@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,7 @@ def run_alone(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[st
 def test_bench_reports_every_promised_field_from_a_cluster_of_its_own(tmp_path):
     file = tmp_path / "report.json"
     arguments = ("--simulated", "--simulated-step-ms", "4", "--simulated-token-ms", "0.2", "--max-tokens", "24")
+    arguments += ("--num-draft-tokens", "4")
     done = run_alone(tmp_path, "bench", *arguments, "--limit", "4", "--concurrency", "2", "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
@@ -116,6 +118,7 @@ def test_bench_reports_every_promised_field_from_a_cluster_of_its_own(tmp_path):
 def test_bench_shows_the_formula_beside_a_simulated_speedup(tmp_path):
     file = tmp_path / "report.json"
     arguments = ("--simulated", "--simulated-step-ms", "20", "--simulated-token-ms", "2", "--max-tokens", "48")
+    arguments += ("--num-draft-tokens", "4")
     done = run_alone(tmp_path, "bench", *arguments, "--limit", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     formula = json.loads(file.read_text())["formula"]
@@ -155,6 +158,26 @@ def test_bench_sweeps_into_one_report_and_page(tmp_path):
     assert page.read_text().count("<svg") >= 7
 
 
+def test_bench_writes_its_report_though_a_peer_fails(tmp_path):
+    """A padded embedding: Outrider takes it for the same vocabulary, transformers' assisted generation does not."""
+    target, draft = save_model(tmp_path / "target"), save_model(tmp_path / "draft", vocab_size=328)
+    for file in target.glob("tokenizer*"):
+        shutil.copy(file, draft)
+    file, page = tmp_path / "report.json", tmp_path / "report.html"
+    models = ("--target", str(target), "--drafter", "model", "--draft", str(draft), "--raw")
+    short = ("--limit", "1", "--max-tokens", "4", "--peers", "assisted,transformers")
+    done = run_alone(tmp_path, "bench", *models, *short, "--json", str(file), "--html", str(page))
+    assert done.returncode == 1, done.stderr
+    assert "the peer assisted failed: ValueError: " in done.stderr
+    assert "Traceback" not in done.stderr
+    report = json.loads(file.read_text())
+    assisted, transformers = report["peers"]
+    assert assisted["failure"].startswith("ValueError: ")
+    assert (transformers["failure"], transformers["num_identical_outputs"]) == (None, 1)
+    assert (report["failed_requests"], report["num_identical_outputs"]) == (0, 1)
+    assert "assisted failed: ValueError: " in page.read_text()
+
+
 def test_demo_streams_three_prompts_and_compares(tmp_path):
     done = run_alone(tmp_path, "demo", "--simulated", "--simulated-step-ms", "2", "--max-tokens", "16")
     assert done.returncode == 0, done.stderr
@@ -171,13 +194,14 @@ def test_a_model_that_does_not_exist_is_one_clear_failure(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_pair_without_a_common_vocabulary_is_refused_at_the_start(tmp_path):
+def test_a_pair_with_too_small_a_common_vocabulary_is_refused_at_the_start(tmp_path):
     save_model(tmp_path / "target")
-    save_model(tmp_path / "draft", vocab_size=300)
+    save_model(tmp_path / "draft", vocab_size=3)
     models = ("--target", str(tmp_path / "target"), "--drafter", "model", "--draft", str(tmp_path / "draft"))
-    done = run_alone(tmp_path, "up", *models)
+    ports = [word for name in ("coordinator", "draft", "target") for word in (f"--{name}-port", "0")]
+    done = run_alone(tmp_path, "up", *models, *ports)
     assert done.returncode == 1
-    assert "differ in vocabulary" in done.stderr
+    assert "min_vocab_overlap: 0.1 is not reached: 2 of the draft's 3 tokens" in done.stderr
     assert "Traceback" not in done.stderr
 
 

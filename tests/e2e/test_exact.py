@@ -38,6 +38,15 @@ def test_greedy_and_coupled_output_is_the_targets_own_for_every_drafter_and_leng
     assert_exact(outcomes)
 
 
+@pytest.mark.timeout(300)
+def test_output_is_the_targets_own_behind_chains_and_stages(tmp_path: Path) -> None:
+    model = save_model(tmp_path, seed=3)
+    cases = [Case(drafter, 6, 4, t) for drafter in ("suffix,model", "ngram,staged") for t in (0.0, 1.0)]
+    outcomes = check(model, cases, SHORT_PROMPTS[:5], max_tokens=32, num_threads=1)
+    assert len(outcomes) == len(cases)
+    assert_exact(outcomes)
+
+
 @pytest.mark.sample_model
 @pytest.mark.timeout(300)
 def test_greedy_output_of_the_sample_target_is_that_of_transformers() -> None:

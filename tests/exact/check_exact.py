@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from services.cli.cluster import Cluster, ClusterSpec, prepare_model
 from services.client.client import OutriderClient
 from services.client.values import Chat, GenerateOptions
+from services.common.drafters import needs_model, parse_chain
 from services.common.values import SamplingParams
 from tests.exact.reference import Difference, Reference
 
@@ -189,7 +190,7 @@ def check(
         bar = progress.add_task("cases", total=len(cases))
         plain: dict[float, list[tuple[int, ...]]] = {0.0: greedy} if greedy else {}
         for drafter in dict.fromkeys(case.drafter for case in cases):
-            draft = str(random_draft(model, Path(folder))) if drafter == "model" else ""
+            draft = str(random_draft(model, Path(folder))) if needs_model(parse_chain(drafter)) else ""
             spec = ClusterSpec(target=str(model), draft=draft, drafter=drafter, dtype=dtype, threads=num_threads)
             with Cluster(spec) as cluster:
                 for case in (case for case in cases if case.drafter == drafter):
@@ -223,7 +224,9 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
 @click.option("--prompts", type=click.Path(exists=True, path_type=Path), default=PROMPTS, help="Prompt file (JSONL).")
 @click.option("--limit", default=24, help="Prompts, spread over the categories.")
 @click.option("--max-tokens", default=128, help="Tokens of each output.")
-@click.option("--drafters", default="ngram,model", help="Drafters; `model` is a small random one.")
+@click.option(
+    "--drafters", default="ngram,model", help="Drafters, chains as suffix+model; models are small random ones."
+)
 @click.option("--num-draft-tokens", "lengths", default="1,4,8", help="Draft lengths.")
 @click.option("--concurrency", default=8, help="Requests at once.")
 @click.option("--temperatures", default="0", help="0 is greedy; others are coupled.")
@@ -245,7 +248,8 @@ def main(
 ) -> None:
     """Compare the service's tokens with the target's own; fail if more than 1 % differ, or any where no tie was."""
     directory = Path(prepare_model(model).directory)
-    cases = matrix(drafters.split(","), map(int, lengths.split(",")), concurrency, map(float, temperatures.split(",")))
+    chains = [chain.replace("+", ",") for chain in drafters.split(",")]
+    cases = matrix(chains, map(int, lengths.split(",")), concurrency, map(float, temperatures.split(",")))
     outcomes = check(directory, cases, read_prompts(prompts, limit), max_tokens, threads, dtype)
     console = Console()
     show(outcomes, console)

@@ -22,6 +22,7 @@ from services.draft.server import running_draft
 from services.target.config import TargetConfig
 from services.target.server import build, running_target
 from services.target.servicer import TargetServicer
+from tests.unit.item_builders import simulated_continuation
 from tests.worker_streams import draft_stream, target_stream
 
 TARGET = TargetConfig(port=0, model="simulated", simulated_step_ms=1.0)
@@ -86,6 +87,45 @@ async def test_propose_and_verify_give_the_tokens_of_plain_decoding() -> None:
                 generated += commit
     assert round == 4, "an agreeing draft gets five tokens a round"
     assert generated[:20] == plain
+
+
+@pytest.mark.parametrize(
+    ("drafter", "smaller"),
+    [("suffix", "suffix"), ("suffix,simulated", "suffix"), ("staged", "simulated"), ("ngram,staged", "suffix")],
+)
+async def test_every_drafter_gives_the_tokens_of_plain_decoding(drafter: str, smaller: str) -> None:
+    config = DraftConfig(
+        port=0, drafter=drafter, staged_drafter=smaller, model="simulated", simulated_token_ms=0.0, suffix_shared=True
+    )
+    expected = simulated_continuation(PREFIX, 30)
+    async with running_target(TARGET) as target, running_draft(config) as draft:
+        assert (await worker_info(draft.port)).drafter == drafter
+        for session, is_known in (("first", False), ("again", "suffix" in drafter)):
+            tokens, num_rounds = await generate(target.port, draft.port, session, 30)
+            assert tokens == expected
+            assert num_rounds < (12 if is_known or drafter != "suffix" else 30), "four drafted tokens a round"
+
+
+async def generate(target_port: int, draft_port: int, session: str, num_tokens: int) -> tuple[tuple[int, ...], int]:
+    """Tokens of a session, and how many rounds of up to 4 drafted tokens they took."""
+    async with target_stream(target_port) as verify, draft_stream(draft_port) as propose:
+        await propose.send(opening(identity(session)))
+        assert isinstance(await propose.next(), Opened)
+        await verify.send(opening(identity(session)), Decode(identity(session), 1))
+        tokens = commit = await verify.tokens()
+        num_rounds = 0
+        while len(tokens) < num_tokens:
+            num_rounds += 1
+            at = identity(session, round=num_rounds, base_len=len(PREFIX) + len(tokens))
+            await propose.send(Propose(at, commit, 4, num_rounds))
+            proposed = await propose.next()
+            assert isinstance(proposed, Proposed)
+            await verify.send(Verify(at, proposed.proposal))
+            commit = await verify.tokens()
+            tokens += commit
+        end = identity(session, base_len=len(PREFIX) + len(tokens))
+        await propose.send(Propose(end, commit, 0, 0), Close(end))
+    return tokens[:num_tokens], num_rounds
 
 
 async def test_a_decode_ends_at_an_interrupt() -> None:

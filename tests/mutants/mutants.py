@@ -108,4 +108,13 @@ MUTANTS = (
         ),
         (_VERIFIER, f"{_JOINT}[good-top_p-16-rejection]"),
     ),
+    Mutant(
+        "a staged draft sends the rows of the tokens behind",
+        (Edit("services/engine/draft_verifier.py", "tuple(own[: len(kept)])", "tuple(own[1 : len(kept) + 1])"),),
+        (
+            "tests/unit/engine/test_draft_verifier.py"
+            "::test_every_token_comes_with_the_row_that_the_draft_would_have_sampled_it_from",
+            f"{_ENGINE}[staged-penalties-rejection]",
+        ),
+    ),
 )

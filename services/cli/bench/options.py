@@ -17,11 +17,12 @@ from services.cli.bench.load import LoadPlan
 from services.cli.bench.peers import PEERS
 from services.cli.bench.sample import Mode
 from services.cli.bench.sweep import SAMPLINGS, Sweep
-from services.cli.cluster import DRAFTERS
 from services.cli.failure import CommandFailed
 from services.cli.options import decode_options
 from services.cli.prompts import OWN_PROMPTS
 from services.client import GenerateOptions
+from services.common.drafters import DRAFTERS, parse_chain
+from services.common.errors import ConfigError
 from services.common.values import MAX_DRAFT_TOKENS, VerificationMethod
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -51,6 +52,21 @@ class Names(click.ParamType[tuple[str, ...]]):
         return names
 
 
+class Chains(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list of drafters; a plus joins those of a chain, which a comma joins elsewhere."""
+
+    name = "list"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            chains = [parse_chain(part.replace("+", ",")) for part in value.split(",")]
+        except ConfigError as error:
+            self.fail(str(error), parameter, context)
+        return tuple(dict.fromkeys(",".join(chain) for chain in chains))
+
+
 class Output(NamedTuple):
     """Where the report goes besides the terminal."""
 
@@ -69,7 +85,10 @@ class Output(NamedTuple):
                 continue
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                existed = file.exists()
                 file.open("a").close()
+                if not existed:  # an empty file would look like a report
+                    file.unlink()
             except OSError as error:
                 raise CommandFailed(f"cannot write {file}: {error.strerror}") from None
 
@@ -134,10 +153,10 @@ _OPTIONS = (
     ),
     click.option(
         "--sweep-drafters",
-        type=Names(DRAFTERS),
+        type=Chains(),
         default=(),
         metavar="NAME,...",
-        help=f"Measure each of these drafters ({', '.join(DRAFTERS)}), one cluster after the other.",
+        help=f"Measure each of these drafters ({', '.join(DRAFTERS)}; chains as suffix+model), each in a cluster.",
     ),
     click.option(
         "--sweep-sampling",

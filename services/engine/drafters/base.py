@@ -9,7 +9,7 @@ Owns: `Draft`, the state of one sequence's proposal, and the `Drafter` protocol.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from services.common.values import ModelInfo, Proposal, SparseRow
 from services.engine.block_manager import BlockManager
@@ -27,6 +27,8 @@ class Draft:
     """Tokens still to be drafted for the proposal in progress."""
     rows: list[SparseRow | None] = field(default_factory=list)
     """Of the drafted tokens."""
+    deferred: bool = False
+    """Nothing need be computed for it before tokens are missing (drafters.fallback)."""
 
     @property
     def drafted(self) -> tuple[int, ...]:
@@ -71,6 +73,13 @@ class Draft:
         return Proposal(proposal_id, self.drafted, rows)
 
 
+class Pool(NamedTuple):
+    """A KV pool and all sequences that may hold blocks of it."""
+
+    blocks: BlockManager
+    sequences: list[Sequence]
+
+
 class Drafter(Protocol):
     """A way to propose tokens. Called by the engine thread alone.
 
@@ -83,7 +92,7 @@ class Drafter(Protocol):
 
     @property
     def kind(self) -> str:
-        """model, ngram or simulated."""
+        """As services.common.drafters names it; a chain's names are joined by commas."""
         ...
 
     @property
@@ -96,12 +105,19 @@ class Drafter(Protocol):
         """The KV pool that the drafts' sequences take their blocks from; None for a drafter without."""
         ...
 
+    def pools(self, drafts: list[Draft]) -> list[Pool]:
+        """Every KV pool of the drafter's, `drafts` being all that are open."""
+        ...
+
     def open(self, draft: Draft) -> None:
         """A new draft; its sequence holds the prefix."""
         ...
 
     def commit(self, draft: Draft, num_kept: int) -> None:
-        """The sequence's tokens at `num_kept` and behind were replaced or cut; all its tokens are committed now."""
+        """The sequence's tokens at `num_kept` and behind were replaced or cut.
+
+        All are committed now, except where another drafter's uncommitted tokens stand at the end (drafters.staged).
+        """
         ...
 
     def close(self, draft: Draft) -> None:

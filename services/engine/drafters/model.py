@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from services.common.values import ModelInfo
 from services.engine.block_manager import BlockManager
-from services.engine.drafters.base import Draft
+from services.engine.drafters.base import Draft, Pool
 from services.engine.scheduler import DEFAULT_PREFILL_BUDGET, Demand, Scheduler
 from services.engine.step import DraftModel
 
@@ -49,6 +49,9 @@ class ModelDrafter:
     def blocks(self) -> BlockManager:
         return self._blocks
 
+    def pools(self, drafts: list[Draft]) -> list[Pool]:
+        return [Pool(self._blocks, [draft.sequence for draft in drafts])]
+
     def open(self, draft: Draft) -> None:
         """Nothing is held before the first step."""
 
@@ -69,7 +72,7 @@ class ModelDrafter:
 
     def step(self, drafts: list[Draft]) -> list[Draft]:
         """One forward: a token for each draft that lacks one, and chunks of prefixes not processed yet."""
-        num_expected_rows = sum(not draft.awaited and self.is_ready(draft) for draft in drafts)
+        num_expected_rows = sum(not d.awaited and (d.deferred or self.is_ready(d)) for d in drafts)
         works = self._scheduler.plan([_demand(draft) for draft in drafts], num_expected_rows)
         if not works:
             return []
@@ -89,4 +92,5 @@ class ModelDrafter:
 
 
 def _demand(draft: Draft) -> Demand:
-    return Demand(draft.sequence, awaited=draft.awaited, wants_row=draft.num_missing_tokens > 0)
+    wants_row = draft.num_missing_tokens > 0
+    return Demand(draft.sequence, awaited=draft.awaited, wants_row=wants_row, deferred=draft.deferred)

@@ -6,7 +6,8 @@ decoding). It is deterministic, so its tokens have no rows.
 
 from __future__ import annotations
 
-from services.engine.drafters.base import Draft
+from services.engine.drafters.base import Draft, Pool
+from services.engine.sequence import Sequence
 
 DEFAULT_NGRAM_MAX = 4
 DEFAULT_NGRAM_MIN = 1
@@ -21,12 +22,13 @@ class _Index:
         self._follower: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0
 
-    def extend(self, tokens: list[int]) -> None:
-        """Adds the tokens behind those indexed already. Tokens once indexed never change."""
-        for index in range(self._num_indexed, len(tokens)):
+    def extend(self, sequence: Sequence) -> None:
+        """Adds the committed tokens behind those indexed already. They never change."""
+        tokens = sequence.tokens
+        for index in range(self._num_indexed, sequence.num_committed):
             for num in range(self._ngram_min, min(self._ngram_max, index) + 1):
                 self._follower[tuple(tokens[index - num : index])] = index
-        self._num_indexed = len(tokens)
+        self._num_indexed = sequence.num_committed
 
     def find(self, tokens: list[int]) -> int | None:
         """Where to copy from: behind the most recent earlier occurrence of the longest tail that occurred before."""
@@ -64,14 +66,17 @@ class NgramDrafter:
     def blocks(self) -> None:
         return None
 
+    def pools(self, drafts: list[Draft]) -> list[Pool]:
+        return []
+
     def open(self, draft: Draft) -> None:
         index = _Index(self._ngram_min, self._ngram_max)
-        index.extend(draft.sequence.tokens)
+        index.extend(draft.sequence)
         self._indexes[draft] = index
 
     def commit(self, draft: Draft, num_kept: int) -> None:
         """Only committed tokens are indexed, and those never change."""
-        self._indexes[draft].extend(draft.sequence.tokens)
+        self._indexes[draft].extend(draft.sequence)
 
     def close(self, draft: Draft) -> None:
         del self._indexes[draft]

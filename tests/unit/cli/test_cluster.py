@@ -18,7 +18,7 @@ from services.cli.cluster import (
     target_flags,
 )
 from services.cli.failure import CommandFailed
-from services.cli.vocabulary import check_pair
+from services.cli.vocabulary import differ
 from services.common.config import load
 from services.coordinator.config import CoordinatorConfig
 from services.draft.config import DraftConfig
@@ -30,7 +30,15 @@ SIMULATED = ClusterSpec(target="simulated", drafter="simulated", num_draft_token
 
 @pytest.mark.parametrize(
     ("cores", "drafter", "split"),
-    [(1, "ngram", (1, 1)), (2, "ngram", (2, 1)), (1, "model", (1, 1)), (2, "model", (1, 1)), (16, "model", (12, 4))],
+    [
+        (1, "ngram", (1, 1)),
+        (2, "ngram", (2, 1)),
+        (1, "model", (1, 1)),
+        (2, "model", (1, 1)),
+        (16, "model", (12, 4)),
+        (4, "suffix,model", (3, 1)),
+        (4, "suffix", (4, 1)),
+    ],
 )
 def test_threads_are_split_between_what_computes(cores, drafter, split):
     assert split_threads(cores, drafter) == split
@@ -49,6 +57,8 @@ def options(flags: list[str]) -> dict[str, str]:
         (target_flags(ClusterSpec(), MODEL, 2), TargetConfig),
         (draft_flags(SIMULATED, None, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1), DraftConfig),
+        (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/a", "/models/b"), DraftConfig),
+        (draft_flags(ClusterSpec(drafter="suffix,staged"), MODEL, 1), DraftConfig),
         (coordinator_flags(SIMULATED, "simulated", "unix:///s", "h:1", "h:2"), CoordinatorConfig),
     ],
 )
@@ -73,18 +83,17 @@ def test_children_see_no_settings_of_this_process(monkeypatch):
     assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
 
 
-def test_a_draft_of_another_vocabulary_is_refused_before_anything_runs(tmp_path):
+def test_a_draft_of_another_vocabulary_is_told_of_the_targets_unless_it_is_simulated(tmp_path):
     for name, vocab in (("a", {"x": 0, "y": 1}), ("b", {"x": 0, "z": 1}), ("c", {"x": 0, "y": 1})):
         (tmp_path / name).mkdir()
         Tokenizer(models.WordLevel(vocab, unk_token="x")).save(str(tmp_path / name / "tokenizer.json"))  # noqa: S106
     target = str(tmp_path / "a")
-    check_pair(target, str(tmp_path / "c"))
-    with pytest.raises(CommandFailed, match="the draft b and the target a differ in vocabulary"):
-        check_pair(target, str(tmp_path / "b"))
+    assert not differ(target, str(tmp_path / "c"))
+    assert differ(target, str(tmp_path / "b"))
     with pytest.raises(CommandFailed, match="the draft simulated and the target a differ in vocabulary"):
-        check_pair(target, "simulated")
+        differ(target, "simulated")
     with pytest.raises(CommandFailed, match=r"cannot read .*tokenizer\.json"):
-        check_pair(target, str(tmp_path / "none"))
+        differ(target, str(tmp_path / "none"))
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from services.cli.bench.options import Names
+from services.cli.bench.options import Chains, Names
 from services.cli.bench.sweep import Case, Sweep
 from services.client import GenerateOptions
 from services.common.values import VerificationMethod
@@ -44,3 +44,9 @@ def test_lists_name_what_is_unknown_and_drop_repetitions():
     assert kind.convert("b, a,b", None, None) == ("b", "a")
     with pytest.raises(click.BadParameter, match="'c' is not one of a, b"):
         kind.convert("a,c", None, None)
+
+
+def test_drafters_of_a_sweep_may_be_chains():
+    assert Chains().convert("ngram,suffix+model,ngram", None, None) == ("ngram", "suffix,model")
+    with pytest.raises(click.BadParameter, match="nothing can stand behind it"):
+        Chains().convert("ngram,model+suffix", None, None)

@@ -11,6 +11,7 @@ from services.common.errors import Aborted, OutriderError
 from services.common.session_store import Commit
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
 from services.coordinator.committer import Committer, Journal
+from services.coordinator.draft_length import FixedLength
 from services.coordinator.generation import Generation, Links, Timeouts
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
@@ -60,6 +61,7 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
         timeouts=Timeouts(1.0, 1.0, 1.0),
+        length=FixedLength(0),
         finish=finish,
     )
 

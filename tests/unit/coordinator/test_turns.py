@@ -31,6 +31,7 @@ def a_request(what: TextInput | ChatInput | TokenInput) -> GenerationRequest:
         stop_token_ids=(),
         verification=VerificationMethod.COUPLED,
         num_draft_tokens=4,
+        draft="",
         log_probs=False,
         num_top_log_probs=0,
         ignore_eos=False,

@@ -10,47 +10,16 @@ from hypothesis import strategies as st
 
 from services.common.errors import Internal, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import DraftItem, Opened, Proposed, Refused
-from services.common.values import ModelInfo
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.simulated import simulated_drafter
-from services.engine.simulated import INITIAL_STATE, SimulatedCache, choose, extend_state, simulated_info
-from services.engine.step import Sampled, Work
+from tests.unit.draft.hash_models import HashDraft, drafted_continuation
 from tests.unit.item_builders import ManualClock, close, identity, open_item, propose, simulated_continuation
 
 PREFIX = (1, 2, 3)
-DRAFT_KEY = 99
-"""Makes the model's function another one than the target's."""
-
-
-class HashDraft:
-    """A DraftModel whose next token is a hash of the whole prefix, read through the block tables."""
-
-    def __init__(self, blocks: BlockManager) -> None:
-        self._cache = SimulatedCache(blocks)
-        self.steps: list[list[tuple[int, int]]] = []
-
-    @property
-    def info(self) -> ModelInfo:
-        return simulated_info()
-
-    def step(self, works: list[Work]) -> list[Sampled | None]:
-        self.steps.append([(work.num_new_tokens, work.num_rows) for work in works])
-        states = [self._cache.compute(work) for work in works]
-        return [Sampled(choose(state[-1], DRAFT_KEY), None) if state else None for state in states]
-
-
-def drafted_continuation(tokens: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
-    drafted = list(tokens)
-    for _ in range(num_tokens):
-        state = INITIAL_STATE
-        for token_id in drafted:
-            state = extend_state(state, token_id)
-        drafted.append(choose(state, DRAFT_KEY))
-    return tuple(drafted[len(tokens) :])
 
 
 def core_of(drafter: Drafter, *, max_sequences: int = 8, max_sequence_len: int = 200) -> DraftCore:

@@ -139,7 +139,9 @@ def test_draft_step_lasts_the_same_for_one_sequence_and_many() -> None:
 
 def test_simulated_workers_need_no_torch() -> None:
     modules = ["services.target.core", "services.draft.core", "services.engine.engine_thread"]
-    modules += [f"services.engine.drafters.{name}" for name in ("ngram", "model", "simulated")]
+    modules += [
+        f"services.engine.drafters.{name}" for name in ("ngram", "model", "simulated", "suffix", "fallback", "staged")
+    ]
     blocked = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
     result = subprocess.run(
         [sys.executable, "-c", blocked + f"import {', '.join(modules)}"], capture_output=True, text=True, check=False

@@ -1,0 +1,1 @@
+"""The draft length: adaptive against every fixed one, and what `outrider plan` says of it."""

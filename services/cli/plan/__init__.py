@@ -1,0 +1,1 @@
+"""`outrider plan`: capacity questions answered by a discrete-event simulation."""
