@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from services.common.errors import ConfigError, ModelUnsupported, WorkerFailed
+from services.common.errors import ConfigError, ModelUnsupported, OutriderError, WorkerFailed
 from services.common.failure import Failure
 from services.common.values import ModelInfo
 from services.engine import digest, quantisation
@@ -30,7 +30,7 @@ from services.engine.trained_draft import read_manifest
 class LogitsVerifier(Protocol):
     """services.engine.verifier.Verifier."""
 
-    def verify(self, works: list[Work], logits: torch.Tensor) -> list[Verdict | None]: ...
+    def verify(self, works: list[Work], logits: torch.Tensor) -> list[Verdict | OutriderError | None]: ...
 
 
 class LogitsSampler(Protocol):
@@ -205,8 +205,25 @@ class PagedTargetModel(TargetModel):
         return self._engine.info
 
     @torch.inference_mode()
-    def step(self, works: list[Work]) -> list[Verdict | None]:
-        return self._verifier.verify(works, self._engine.runner.forward(works))
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
+        """Raises the error of a sequence whose blocks cannot be cleared without others noticing."""
+        verdicts = self._verifier.verify(works, self._engine.runner.forward(works))
+        for work, verdict in zip(works, verdicts, strict=True):
+            if isinstance(verdict, OutriderError):
+                self._clear(work, verdict)
+        return verdicts
+
+    def _clear(self, work: Work, error: OutriderError) -> None:
+        """Zeroes what only this sequence wrote: masked slots of a block that is used again must hold numbers.
+
+        Where the fault may lie in blocks that others read, or in the memory of other ranks, all sequences must end.
+        """
+        pool, sequence = self._engine.runner.pool, work.sequence
+        shared = sequence.block_table[: sequence.num_shared_blocks]
+        if self._engine.ranks is not None or not pool.is_finite(shared):
+            pool.clear(range(pool.num_blocks))
+            raise error
+        pool.clear(sequence.block_table[sequence.num_shared_blocks :])
 
 
 class PagedDraftModel(DraftModel):

@@ -17,7 +17,7 @@ import transformers
 
 from services.engine.block_manager import BlockManager
 from services.engine.models import load_config, torch_device
-from services.engine.packed_linear import can_pack, pack_linear_layers
+from services.engine.packed_linear import PackedLinear, packed_layer
 from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
 from services.engine.progress import Reporter
 from services.engine.training.chat_frame import ChatFrame, chat_frame, load_tokenizer
@@ -43,7 +43,7 @@ class Written(NamedTuple):
 def load_writer(config: TrainingConfig, directory: Path, cache_dir: Path, reporter: Reporter) -> PagedEngine:
     """The target, with a pool for `num_sequences` conversations of full length."""
     num_sequences = sequences_of(config)
-    engine = load_engine(
+    return load_engine(
         EngineOptions(
             model=str(directory),
             cache_dir=cache_dir,
@@ -56,10 +56,6 @@ def load_writer(config: TrainingConfig, directory: Path, cache_dir: Path, report
         ),
         reporter,
     )
-    if config.device == "cpu" and torch._C._has_mkldnn:
-        # Many rows at once: oneDNN's layout pays in float32 too, and no tokens are promised here.
-        pack_linear_layers(engine.runner.model.module)
-    return engine
 
 
 def eos_ids(directory: Path) -> frozenset[int]:
@@ -77,7 +73,8 @@ def dtype_of(config: TrainingConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
     device = torch_device(config.device)
-    return "bfloat16" if device.type == "cuda" or can_pack(torch.bfloat16, device) else "float32"
+    computes = device.type == "cuda" or packed_layer(torch.bfloat16, device) is PackedLinear
+    return "bfloat16" if computes else "float32"
 
 
 def sequences_of(config: TrainingConfig) -> int:
