@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 MAX_GROUPS = 4
 TIME_WEIGHT = 0.125
-REST_ROUNDS = 8
+REST_ROUNDS = 4
 """Rounds, of each sequence, that a rest is the average of. The first ones find the others out of step."""
 MAX_COUNT = 32.0
 DOUBT = 2
@@ -30,6 +30,8 @@ STALE_AFTER = 4000
 """Observed steps after which a size that did not occur counts half."""
 OUTLIER = 2.0
 """What took longer than so many times the expected counts as that: prefill beside it, or a process in between."""
+MAX_WALL = 1.5
+"""The same for a whole round, or a token: those out of step with the others are to weigh little."""
 FIRST_COUNT = 4
 """Observations before anything can be called an outlier."""
 
@@ -162,7 +164,7 @@ class RoundCost:
 
     def _observe_rest(self, drafting: bool, num_sequences: int, model_ns: float, wall_ns: float) -> None:
         rest_ns = self._rest(drafting, num_sequences)
-        off_ns = min(wall_ns, OUTLIER * max(model_ns, model_ns + rest_ns)) - model_ns - rest_ns
+        off_ns = min(wall_ns, MAX_WALL * max(model_ns, model_ns + rest_ns)) - model_ns - rest_ns
         self._rests[drafting][num_sequences.bit_length()] = rest_ns + off_ns / (REST_ROUNDS * num_sequences)
 
     def _with_rest(self, drafting: bool, num_sequences: int, model_ns: float) -> float:
