@@ -21,6 +21,8 @@ LENGTHS = (0, 1, 2, 4, 6, 8, 12)
 DRAFTERS = {"good": (0.85, 2.5), "poor": (0.35, 2.5), "useless": (0.02, 5.0)}
 """Acceptance, and milliseconds of a drafted token."""
 STEP_MS, ROW_MS = 50.0, 0.1
+FEW = 4
+"""Fewer sequences than these get more tokens each, so that luck with what is accepted counts less."""
 SKIPPED = 32
 """Tokens of each generation before counting begins."""
 
@@ -75,15 +77,15 @@ def measure(
         simulated_acceptance=acceptance,
     )
     with Cluster(spec) as cluster:
-        runner = _Runner(cluster.address, cluster.pid_of("coordinator"), num_tokens)
-        alone = asyncio.run(runner.run(1, 4))
+        runner = _Runner(cluster.address, cluster.pid_of("coordinator"))
+        alone = asyncio.run(runner.run(1, 4, num_tokens))
         delay_ms = max(0.0, alone.overhead_ms - alone.cpu_ms) / 4
         times = Times(STEP_MS, ROW_MS, token_ms, delay_ms=delay_ms)
         cells = []
         for size in sizes:
             runs = []
             for length in (*lengths, None):
-                taken = asyncio.run(runner.run(size, length))
+                taken = asyncio.run(runner.run(size, length, num_tokens * max(1, FEW // size)))
                 runs.append(taken.as_run(length, size, times))
                 on_run()
             cells.append(Cell(drafter, size, tuple(runs)))
@@ -113,14 +115,13 @@ class _Taken:
 
 
 class _Runner:
-    def __init__(self, address: str, coordinator_pid: int, num_tokens: int) -> None:
+    def __init__(self, address: str, coordinator_pid: int) -> None:
         self._address = address
         self._pid = coordinator_pid
-        self._num_tokens = num_tokens
 
-    async def run(self, num_sequences: int, num_draft_tokens: int | None) -> _Taken:
+    async def run(self, num_sequences: int, num_draft_tokens: int | None, num_tokens: int) -> _Taken:
         options = GenerateOptions(
-            max_tokens=self._num_tokens, temperature=0.0, ignore_eos=True, num_draft_tokens=num_draft_tokens
+            max_tokens=num_tokens, temperature=0.0, ignore_eos=True, num_draft_tokens=num_draft_tokens
         )
         before_ms = cpu_time_ms(self._pid) or 0.0
         async with OutriderClient(self._address) as client:

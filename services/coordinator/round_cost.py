@@ -21,17 +21,17 @@ from dataclasses import dataclass
 
 MAX_GROUPS = 4
 TIME_WEIGHT = 0.125
-REST_ROUNDS = 6
-"""Rounds, of each sequence, that a rest is the average of."""
+REST_ROUNDS = 4
+"""Rounds, of each sequence, that a rest is the average of. The first ones find the others out of step."""
 MAX_COUNT = 32.0
 DOUBT = 2
-"""Probes, for each sequence, after which about a third is left of the belief in what rounds took."""
+"""Probes, for each sequence, after which about a third is left of what rounds took beyond the model."""
 STALE_AFTER = 4000
 """Observed steps after which a size that did not occur counts half."""
 OUTLIER = 2.0
 """What took longer than so many times the expected counts as that: prefill beside it, or a process in between."""
-TRUSTED_ROUNDS = 8
-"""Rounds of each sequence before the rest is fully believed: the first ones find the others out of step."""
+MAX_WALL = 1.5
+"""The same for a whole round, or a token: those out of step with the others are to weigh little."""
 FIRST_COUNT = 4
 """Observations before anything can be called an outlier."""
 
@@ -117,7 +117,7 @@ class RoundCost:
     def __init__(self) -> None:
         self.target = TargetTimes()
         self._token = Mean()
-        self._rests: tuple[dict[int, Mean], dict[int, Mean]] = ({}, {})
+        self._rests: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
     @property
     def known(self) -> bool:
@@ -150,9 +150,9 @@ class RoundCost:
         self._observe_rest(True, num_sequences, model_ns, wall_ns)
 
     def doubt(self, num_sequences: int) -> None:
-        """Believes a little less in what rounds took when all drafted: while nobody drafts, that may have changed."""
-        if mean := self._rests[True].get(num_sequences.bit_length()):
-            mean.count *= 1.0 - 1.0 / (DOUBT * num_sequences)
+        """Expects rounds to take a little less than they did: while nobody drafts, that may have changed."""
+        rests, size = self._rests[True], num_sequences.bit_length()
+        rests[size] = self._rest(True, num_sequences) * (1.0 - 1.0 / (DOUBT * num_sequences))
 
     def _round_ns(self, num_sequences: int, num_rows: float, num_draft_tokens: int) -> float:
         gap_ns = num_draft_tokens * self._token.value
@@ -163,20 +163,18 @@ class RoundCost:
         return best_ns
 
     def _observe_rest(self, drafting: bool, num_sequences: int, model_ns: float, wall_ns: float) -> None:
-        mean = self._rests[drafting].setdefault(num_sequences.bit_length(), Mean())
-        if mean.count >= FIRST_COUNT:
-            wall_ns = min(wall_ns, OUTLIER * max(model_ns, model_ns + mean.value))
-        mean.observe(wall_ns - model_ns, 1.0 / (REST_ROUNDS * num_sequences))
+        rest_ns = self._rest(drafting, num_sequences)
+        off_ns = min(wall_ns, MAX_WALL * max(model_ns, model_ns + rest_ns)) - model_ns - rest_ns
+        self._rests[drafting][num_sequences.bit_length()] = rest_ns + off_ns / (REST_ROUNDS * num_sequences)
 
     def _with_rest(self, drafting: bool, num_sequences: int, model_ns: float) -> float:
-        """Takes the rest of the nearest number of sequences that was seen, as far as it is known."""
+        return max(0.5 * model_ns, model_ns + self._rest(drafting, num_sequences))
+
+    def _rest(self, drafting: bool, num_sequences: int) -> float:
+        """That of the nearest number of sequences that was seen; 0 before any was."""
         rests, size = self._rests[drafting], num_sequences.bit_length()
         nearest = min(rests, key=lambda seen: abs(seen - size), default=None)
-        if nearest is None:
-            return model_ns
-        rest = rests[nearest]
-        trust = min(1.0, rest.count / (TRUSTED_ROUNDS * num_sequences))
-        return max(0.5 * model_ns, model_ns + trust * rest.value)
+        return rests[nearest] if nearest is not None else 0.0
 
 
 def _bucket(num_rows: int) -> int:

@@ -22,6 +22,8 @@ from functools import partial
 from random import Random
 
 MAX_HOLD_MS = 100.0
+GAP_WEIGHT = 0.125
+DEVIATION_WEIGHT = 0.25
 MIN_SLACK = 0.125
 MIN_SLACK_MS = 0.2
 GOLDEN = (5**0.5 - 1) / 2
@@ -97,14 +99,26 @@ class _Sequence:
     left_ms: float | None = None
     """When its last step ended; None while it is at the target."""
     gap_ms: float = 0.0
-    """How long it was away the last time; 0: never yet."""
+    """How long it is away, averaged; 0: never yet."""
+    deviation_ms: float = 0.0
 
     @property
     def due_ms(self) -> float:
         """When it is back at the latest."""
         if self.left_ms is None or not self.gap_ms:
             return 0.0
-        return self.left_ms + self.gap_ms + max(MIN_SLACK * self.gap_ms, MIN_SLACK_MS)
+        return self.left_ms + self.gap_ms + max(4 * self.deviation_ms, MIN_SLACK * self.gap_ms, MIN_SLACK_MS)
+
+    def come_back(self, now_ms: float) -> None:
+        if self.left_ms is None:
+            return
+        gap_ms, self.left_ms = now_ms - self.left_ms, None
+        if not self.gap_ms:
+            self.gap_ms, self.deviation_ms = gap_ms, gap_ms / 2
+            return
+        off_ms = gap_ms - self.gap_ms
+        self.gap_ms += GAP_WEIGHT * off_ms
+        self.deviation_ms += DEVIATION_WEIGHT * (abs(off_ms) - self.deviation_ms)
 
 
 @dataclass(slots=True, eq=False)
@@ -195,8 +209,7 @@ class _Simulation:
 
     def _verify(self, sequence: _Sequence) -> None:
         """Its proposal has come to the target."""
-        if sequence.left_ms is not None:
-            sequence.gap_ms, sequence.left_ms = self._now_ms - sequence.left_ms, None
+        sequence.come_back(self._now_ms)
         sequence.target.waiting.append(sequence)
         self._at(self._now_ms, partial(self._target_step, sequence.target))
 
@@ -225,7 +238,8 @@ class _Simulation:
         due = [s for s in target.members if s.due_ms > self._now_ms and s.gap_ms <= bound_ms]
         if not due:
             return self._now_ms
-        held_ms = max(s.gap_ms for s in due) + self._times.rows_ms((len(target.waiting) + len(due)) * rows)
+        longest_ms = max(s.gap_ms + 2 * s.deviation_ms for s in due)
+        held_ms = longest_ms + self._times.rows_ms((len(target.waiting) + len(due)) * rows)
         if step_ms + self._times.rows_ms(len(due) * rows) <= held_ms:
             return self._now_ms
         if target.held_since_ms is None:

@@ -18,9 +18,10 @@ GOOD, USELESS = replace(DRAFT, simulated_acceptance=0.95), replace(DRAFT, simula
 
 
 async def test_requests_choose_a_pool_by_name_and_each_keeps_its_own_statistics(start_cluster: StartCluster) -> None:
+    slow = replace(TARGET, simulated_step_ms=5.0)
     async with running_draft(GOOD) as good, running_draft(USELESS) as useless:
         drafts = f"good=127.0.0.1:{good.port}@1,useless=127.0.0.1:{useless.port}@0"
-        async with start_cluster(draft=None, drafts=drafts) as cluster:
+        async with start_cluster(target=slow, draft=None, drafts=drafts) as cluster:
             named = {
                 name: await cluster.generate(**FIELDS, num_draft_tokens=4, draft=name) for name in ("good", "useless")
             }
@@ -56,6 +57,7 @@ async def test_the_length_adapts_to_a_good_and_to_a_useless_draft(start_cluster:
 
 
 async def test_a_fixed_default_is_kept(start_cluster: StartCluster) -> None:
-    async with start_cluster(draft=GOOD, num_draft_tokens="2") as cluster:
+    slow = replace(TARGET, simulated_step_ms=5.0)
+    async with start_cluster(target=slow, draft=GOOD, num_draft_tokens="2") as cluster:
         statistics = (await cluster.generate(**FIELDS, session_id=str(uuid.uuid4()))).finished.statistics
     assert len(statistics.num_verified_tokens_per_pos) == 2

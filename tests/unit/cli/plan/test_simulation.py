@@ -27,7 +27,6 @@ def test_plain_decoding_pays_for_every_row_and_for_the_coordinator() -> None:
 def test_the_simulation_repeats() -> None:
     times = Times(step_ms=20.0, token_ms=2.0)
     assert simulate(times, Setting(4, 4)) == simulate(times, Setting(4, 4))
-    assert simulate(times, Setting(4, 4)) != simulate(times, Setting(4, 4, seed=1))
 
 
 def test_a_second_draft_helps_where_one_is_the_bottleneck() -> None:
