@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from services.common.errors import ConfigError, ModelUnsupported
+from services.engine.models import load_model
 from services.engine.paged_model import EngineOptions, load_engine
 from services.engine.training.shards import read_info
 from tests.tiny_models import save_model
@@ -154,7 +155,7 @@ def test_an_early_exit_ships_what_follows_the_targets_layers(target: Path, train
     assert sorted(weights) == ["head_ids", "model.norm.weight", "output_projection"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["held_out"]["greedy_acceptance"] > 20 * RANDOM_ACCEPTANCE
-    module = load_engine(EngineOptions(str(tmp_path), tmp_path, num_blocks=8), QUIET).runner.model.module
+    module = load_model(tmp_path, torch.float32, torch.device("cpu"), QUIET, target=target).module
     first = load_file(target / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(module.model.layers[0].mlp.up_proj.weight, first)
 
