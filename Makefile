@@ -9,8 +9,9 @@ COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Idle OpenMP threads sleep: spinning ones take the cores that other processes need.
+# Idle OpenMP threads sleep, as those of the workers: spinning ones take the cores that other processes need.
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 20000
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'

@@ -1,10 +1,12 @@
 """Measures the engine on a CPU: steps, plain decoding, concurrency, returning sessions, prefill beside decoding.
 
     python -m bench.engine              the sample model in bfloat16
-    python -m bench.engine --quick      fewer rounds and shorter texts, under a minute
+    python -m bench.engine --quick      fewer rounds and shorter texts, without other processes, under a minute
 
 transformers' `generate` runs on the same weights, dtype, threads and machine, in turns with the engine. Its float32 is
-measured too, since a processor may be faster in it.
+measured too, since a processor may be faster in it. What may hang, compiles, or needs other thread settings runs in
+processes of its own behind the rounds (bench.engine.children): compiled `generate`, transformers' continuous batching,
+draft and target beside each other, and the lag of a worker's event loop.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.engine import report
+from bench.engine.children import ChildModel, measure, share_cores
 from bench.engine.figures import Measured, Peer
 from bench.engine.measure import MAX_SEQUENCES, EngineBench, PeerBench, read_bandwidth, weight_bytes
 from services.cli.bench.machine import environment
@@ -32,13 +35,14 @@ from services.engine.progress import Reporter
 
 SHAPES = ((1, 1), (1, 8), (8, 1), (MAX_SEQUENCES, 1))
 BLOCK_SIZE = 16
+NUM_CHILDREN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How much to measure. Lengths are in tokens."""
 
-    rounds: int = 7
+    rounds: int = 5
     steps_a_round: int = 5
     context: int = 200
     prompt_len: int = 32
@@ -51,6 +55,8 @@ class Plan:
     prefill: int = 4000
     prefill_budget: int = 256
     read_bytes: int = 1 << 30
+    child_limit_s: float = 100.0
+    """For each process of its own; 0 runs none."""
 
     @property
     def num_blocks(self) -> int:
@@ -62,11 +68,19 @@ class Plan:
 
 
 QUICK = Plan(
-    rounds=3, steps_a_round=3, num_tokens=16, ttft_rounds=1, num_gaps=25, prefill=1000, answer=8, read_bytes=1 << 29
+    rounds=3,
+    steps_a_round=3,
+    num_tokens=16,
+    ttft_rounds=1,
+    num_gaps=25,
+    prefill=1000,
+    answer=8,
+    read_bytes=1 << 29,
+    child_limit_s=0,
 )
 
 
-def run(plan: Plan, model: str, dtype: str, compiled: bool, console: Console) -> Measured:
+def run(plan: Plan, model: str, dtype: str, console: Console) -> Measured:
     """Loads the model for the engine and for its peers, and takes all figures in turns."""
     reporter = Reporter()
     directory = resolve_model(model, cache_dir(), reporter)
@@ -74,14 +88,14 @@ def run(plan: Plan, model: str, dtype: str, compiled: bool, console: Console) ->
     engine = load_engine(options, reporter)
     bench = EngineBench(engine, plan.prefill_budget)
     measured = Measured(dtype, weight_bytes(engine.runner.model.module))
-    peers = _peers(directory, dtype, compiled)
+    peers = _peers(directory, dtype)
     measured.peers.extend(peer for peer, _ in peers)
     array = torch.ones(plan.read_bytes // 8, dtype=torch.int64)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("steps and rates", total=1 + plan.rounds + plan.ttft_rounds + 1)
+        task = progress.add_task("steps and rates", total=2 + plan.rounds + plan.ttft_rounds + NUM_CHILDREN)
         prompt = bench.prompt(plan.prompt_len)
-        for _, rate in peers:  # compiles what --compile asks for
+        for _, rate in peers:
             rate(prompt, plan.num_tokens)
         bench.tokens_per_s(1, plan.prompt_len, 2)
         progress.advance(task)
@@ -99,22 +113,39 @@ def run(plan: Plan, model: str, dtype: str, compiled: bool, console: Console) ->
         measured.alone_gaps_ms.extend(alone)
         measured.beside_prefill_gaps_ms.extend(beside)
         progress.advance(task)
+        if plan.child_limit_s:
+            progress.update(task, description="processes of their own")
+            _run_children(plan, ChildModel(directory, dtype), measured, lambda: progress.advance(task))
     return measured
+
+
+def _run_children(plan: Plan, model: ChildModel, measured: Measured, advance: Callable[[], None]) -> None:
+    lengths = ("--prompt-len", str(plan.prompt_len), "--num-tokens", str(plan.num_tokens))
+    for kind, name in (("compiled", "generate, compiled"), ("continuous", "continuous batching, 16 at once")):
+        found = measure(model, kind, lengths, plan.child_limit_s, passive=False)
+        if "failed" in found:
+            measured.failed_peers[name] = found["failed"]
+        elif kind == "compiled":
+            measured.peers.append(Peer(name, model.dtype, found["tokens_per_s"]))
+        measured.continuous.update(found if kind == "continuous" else {})
+        advance()
+    measured.sharing.update(share_cores(model, {"target": 5, "draft": 1}, 5.0))
+    advance()
+    for threads in (0, 1):
+        measured.lag[threads] = measure(model, "lag", ("--threads", str(threads)), plan.child_limit_s, passive=True)
+    advance()
 
 
 Generate = Callable[[tuple[int, ...], int], float]
 """Prompt and number of tokens to tokens a second."""
 
 
-def _peers(directory: Path, dtype: str, compiled: bool) -> list[tuple[Peer, Generate]]:
+def _peers(directory: Path, dtype: str) -> list[tuple[Peer, Generate]]:
     same = PeerBench(directory, torch_dtype(dtype))
     found: list[tuple[Peer, Generate]] = [
         (Peer("generate", dtype), lambda prompt, n: same.tokens_per_s(prompt, n, None, False)),
         (Peer("generate, static cache", dtype), lambda prompt, n: same.tokens_per_s(prompt, n, "static", False)),
     ]
-    if compiled:
-        peer = Peer("generate, compiled", dtype)
-        found.append((peer, lambda prompt, n: same.tokens_per_s(prompt, n, "static", True)))
     if dtype != "float32":
         other = PeerBench(directory, torch.float32)
         found.append((Peer("generate", "float32"), lambda prompt, n: other.tokens_per_s(prompt, n, None, False)))
@@ -132,6 +163,8 @@ def _round(
     for sequences in (1, MAX_SEQUENCES):
         rate = bench.tokens_per_s(sequences, plan.prompt_len, plan.num_tokens)
         measured.tokens_per_s.setdefault(sequences, []).append(rate)
+        rate = bench.burst_tokens_per_s(sequences, plan.prompt_len, plan.num_tokens)
+        measured.burst_tokens_per_s.setdefault(sequences, []).append(rate)
     for peer, generate in peers:
         peer.tokens_per_s.append(generate(prompt, plan.num_tokens))
 
@@ -140,15 +173,14 @@ def _round(
 @click.option("--model", default="sample", show_default=True, help="Name, directory or repository of the model.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Floating point type of both sides.")
 @click.option("--quick", is_flag=True, help="Fewer rounds and shorter texts: under a minute.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure transformers compiled too, which takes minutes.")
 @click.option("--num-threads", type=click.IntRange(min=0), default=0, help="Of torch, for both; 0: as many as cores.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("bench/results"), show_default=True)
-def main(model: str, dtype: str, quick: bool, compiled: bool, num_threads: int, output: Path) -> None:
+def main(model: str, dtype: str, quick: bool, num_threads: int, output: Path) -> None:
     """Measure the engine on a CPU and write engine.json and engine.png."""
     if num_threads:
         torch.set_num_threads(num_threads)
     try:
-        measured = run(QUICK if quick else Plan(), model, dtype, compiled, Console(stderr=True))
+        measured = run(QUICK if quick else Plan(), model, dtype, Console(stderr=True))
     except (ConfigError, ModelUnsupported) as error:
         raise click.ClickException(str(error)) from None
     where = environment(sys.argv[1:])

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,23 @@ class Measured:
     step_ms: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     """By (sequences, rows of each)."""
     tokens_per_s: dict[int, list[float]] = field(default_factory=dict)
-    """Plain decoding by the number of concurrent sequences, over all of them."""
+    """Plain decoding by the number of concurrent sequences, over all of them, while all decode."""
+    burst_tokens_per_s: dict[int, list[float]] = field(default_factory=dict)
+    """The same from the arrival of all requests at once until the last is done, prefill included."""
     peers: list[Peer] = field(default_factory=list)
     cold_ttft_ms: list[float] = field(default_factory=list)
     hit_ttft_ms: list[float] = field(default_factory=list)
     alone_gaps_ms: list[float] = field(default_factory=list)
     """Times between tokens of decoding sequences."""
     beside_prefill_gaps_ms: list[float] = field(default_factory=list)
+    continuous: dict[str, Any] = field(default_factory=dict)
+    """transformers' continuous batching, or why it has no figure."""
+    failed_peers: dict[str, str] = field(default_factory=dict)
+    """Peers without a figure, and the reason."""
+    sharing: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Steps a second of draft and target with a core each, alone and beside each other."""
+    lag: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """How late a target worker's event loop is during forwards, by the forward's threads (0: one a core)."""
 
     @property
     def bandwidth(self) -> float:
@@ -62,6 +73,10 @@ class Measured:
         """Median tokens a second."""
         return statistics.median(self.tokens_per_s[sequences])
 
+    def burst_rate(self, sequences: int) -> float:
+        """Median tokens a second, prefill included."""
+        return statistics.median(self.burst_tokens_per_s[sequences])
+
     def step_share(self, sequences: int, rows: int) -> float:
         """Of the limit for a step."""
         return self.limit_ms / self.step(sequences, rows)
@@ -80,6 +95,9 @@ class Figures:
     plain_vs_transformers_any_dtype: float
     rows8_vs_rows1: float
     concurrency16_vs_1: float
+    """Tokens a second of 16 requests that come together over those of one, prefill included on both sides."""
+    steady_concurrency16_vs_1: float
+    """The same while all of them decode."""
     share_of_bandwidth_limit: float
     """Of a step of one row."""
     prefix_hit_ttft_ratio: float
@@ -94,7 +112,8 @@ def figures(measured: Measured) -> Figures:
         plain_vs_transformers=plain / same,
         plain_vs_transformers_any_dtype=plain / max(peer.rate for peer in measured.peers),
         rows8_vs_rows1=measured.step(1, 8) / measured.step(1, 1),
-        concurrency16_vs_1=measured.rate(16) / plain,
+        concurrency16_vs_1=measured.burst_rate(16) / measured.burst_rate(1),
+        steady_concurrency16_vs_1=measured.rate(16) / plain,
         share_of_bandwidth_limit=measured.step_share(1, 1),
         prefix_hit_ttft_ratio=statistics.median(measured.hit_ttft_ms) / statistics.median(measured.cold_ttft_ms),
         prefill_interference_p99_ratio=percentile(measured.beside_prefill_gaps_ms, 99)

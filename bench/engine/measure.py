@@ -32,13 +32,19 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def weight_bytes(module: Any) -> int:
     """Bytes of all weights but an input embedding that is not the head too, of which a step reads a few lines."""
-    embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+    embedding, head = module.get_input_embeddings().weight, getattr(module.get_output_embeddings(), "weight", None)
     return module_bytes(module) - (0 if embedding is head else embedding.nbytes)
 
 
 def read_bandwidth(array: torch.Tensor) -> float:
     """Bytes a second of summing `array`, which should be larger than the caches."""
     return array.nbytes / _timed(array.sum)
+
+
+def opening(name: str, prefix: tuple[int, ...], base_len: int, num_tokens: int) -> Open:
+    """Of a greedy sequence without an end."""
+    identity = Identity(name, 1, 1, 0, base_len)
+    return Open(identity, prefix, base_len, frozenset(), GREEDY, VerificationMethod.COUPLED, num_tokens)
 
 
 class EngineBench:
@@ -56,15 +62,20 @@ class EngineBench:
 
     def step_ms(self, sequences: int, rows: int, context: int) -> float:
         """One step of `sequences` sequences with `rows` rows each, verification included."""
+        step = self.step(sequences, rows, context)
+        step()
+        return _timed(step) * 1e3
+
+    def step(self, sequences: int, rows: int, context: int) -> Callable[[], object]:
+        """The same step, whenever it is called."""
         blocks, size = 1 + (context + rows) // self._engine.block_size, self._engine.block_size
         works = []
         for line in range(sequences):
-            sequence = Sequence.from_open(self._open(str(line), self.prompt(context), context, 2 * size))
+            sequence = Sequence.from_open(opening(str(line), self.prompt(context), context, 2 * size))
             sequence.num_cached = context - 1
             sequence.block_table.extend(range(line, line + blocks * sequences, sequences))
             works.append(Work(sequence, 1, Proposal(0, (1,) * (rows - 1)) if rows > 1 else None, rows))
-        self._model.step(works)
-        return _timed(lambda: self._model.step(works)) * 1e3
+        return lambda: self._model.step(works)
 
     def tokens_per_s(self, sequences: int, prompt_len: int, num_tokens: int) -> float:
         """Plain decoding of `num_tokens` tokens of each sequence, from when all have their first until they have them.
@@ -80,6 +91,15 @@ class EngineBench:
         counted, started = driver.num_tokens, time.perf_counter()
         driver.run(lambda: all(len(driver.arrivals[name]) >= first[name] + num_tokens for name in names))
         return (driver.num_tokens - counted) / (time.perf_counter() - started)
+
+    def burst_tokens_per_s(self, sequences: int, prompt_len: int, num_tokens: int) -> float:
+        """Tokens a second of requests that come together, from then until all have their `num_tokens` tokens."""
+        driver = self._driver()
+        started = time.perf_counter()
+        for line in range(sequences):
+            driver.decode(str(line), self.prompt(prompt_len), num_tokens)
+        driver.run(lambda: not driver.has_work)
+        return driver.num_tokens / (time.perf_counter() - started)
 
     def ttft_ms(self, first_len: int, answer_len: int, more_len: int) -> tuple[float, float]:
         """First-token times of a cold prompt, and of a second turn of the same length."""
@@ -108,10 +128,6 @@ class EngineBench:
         driver.run(lambda: bool(driver.arrivals.get("prefill")))
         return alone, [gap for name in names for gap in driver.gaps_ms(name)[before[name] :]]
 
-    def _open(self, name: str, prefix: tuple[int, ...], base_len: int, num_tokens: int) -> Open:
-        identity = Identity(name, 1, 1, 0, base_len)
-        return Open(identity, prefix, base_len, frozenset(), GREEDY, VerificationMethod.COUPLED, num_tokens)
-
     def _driver(self) -> Driver:
         blocks = BlockManager(self._engine.num_blocks, self._engine.block_size)
         max_len = min(self._engine.max_sequence_len, blocks.num_blocks * blocks.block_size)
@@ -123,15 +139,14 @@ class EngineBench:
             max_draft_tokens=8,
             prefill_budget=self._prefill_budget,
         )
-        return Driver(core, self._open, max_len)
+        return Driver(core, max_len)
 
 
 class Driver:
     """Drives one core, and notes when each session's tokens come."""
 
-    def __init__(self, core: TargetCore, opening: Callable[..., Open], max_len: int) -> None:
+    def __init__(self, core: TargetCore, max_len: int) -> None:
         self._core = core
-        self._opening = opening
         self._max_len = max_len
         self.arrivals: dict[str, list[float]] = {}
         """Seconds, a value a token."""
@@ -148,8 +163,8 @@ class Driver:
     def decode(self, name: str, prompt: tuple[int, ...], num_tokens: int) -> None:
         """Asks for that many tokens, or as many as a sequence may have."""
         num_tokens = min(num_tokens, self._max_len - len(prompt))
-        opening = self._opening(name, prompt, len(prompt), num_tokens)
-        self._take(self._core.handle(1, [opening, Decode(opening.identity, num_tokens)]))
+        opened = opening(name, prompt, len(prompt), num_tokens)
+        self._take(self._core.handle(1, [opened, Decode(opened.identity, num_tokens)]))
 
     def close(self, name: str, base_len: int) -> None:
         self._take(self._core.handle(1, [Close(Identity(name, 1, 1, 0, base_len))]))
@@ -196,6 +211,22 @@ class PeerBench:
         """Tokens behind the first: a run of one token is taken off a run of all."""
         seconds = self._seconds(prompt, 1 + num_tokens, cache, compiled)
         return num_tokens / (seconds - self._seconds(prompt, 1, cache, compiled))
+
+    def continuous_tokens_per_s(self, prompts: list[list[int]], num_tokens: int) -> float:
+        """transformers' continuous batching over all prompts, prefill included."""
+        config = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=-1
+        )
+        batching = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512, use_cuda_graph=False)
+        started = time.perf_counter()
+        found = self._module.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=batching, warmup=False
+        )
+        count = sum(len(output.generated_tokens) for output in found.values())
+        if count != len(prompts) * num_tokens:
+            errors = {str(output.error) for output in found.values() if output.error}
+            raise RuntimeError(f"{count} of {len(prompts) * num_tokens} tokens came {errors or ''}".strip())
+        return count / (time.perf_counter() - started)
 
     def _seconds(self, prompt: tuple[int, ...], num_tokens: int, cache: str | None, compiled: bool) -> float:
         compiling = transformers.CompileConfig()

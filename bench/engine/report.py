@@ -6,6 +6,7 @@ Owns: how they are shown. Must not know: how they were taken.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,10 +41,35 @@ def show(measured: Measured, num_threads: int, console: Console) -> None:
         share = f"{measured.rate_share(peer.rate):.2f}" if peer.dtype == measured.dtype else ""
         table.add_row(peer.name, peer.dtype, "1", f"{peer.rate:.1f}", share)
     console.print(table)
+    _show_processes(measured, console)
     table = Table("figure", "value", title="Figures")
     for name, value in asdict(figures(measured)).items():
         table.add_row(name, f"{value:.3f}")
     console.print(table)
+
+
+def _show_processes(measured: Measured, console: Console) -> None:
+    table = Table("engine", "sequences", "tokens/s, prefill included", title="Requests that come together")
+    for sequences in sorted(measured.burst_tokens_per_s):
+        table.add_row("outrider", str(sequences), f"{measured.burst_rate(sequences):.1f}")
+    if rates := measured.continuous.get("tokens_per_s"):
+        table.add_row("transformers, continuous batching", "16", f"{statistics.median(rates):.1f}")
+    console.print(table)
+    for name, reason in measured.failed_peers.items():
+        console.print(f"transformers, {name}: no figure: {reason}")
+    if measured.sharing:
+        table = Table("role", "rows", "steps/s alone", "beside the other", "ratio", title="A core each")
+        for role, found in measured.sharing.items():
+            row = (f"{found['rows']:.0f}", f"{found['alone']:.1f}", f"{found['beside']:.1f}", f"{found['ratio']:.2f}")
+            table.add_row(role, *row)
+        console.print(table)
+    for threads, found in measured.lag.items():
+        if "busy_p99_ms" in found:
+            late = f"{found['busy_p50_ms']:.2f} ms (p50), {found['busy_p99_ms']:.2f} ms (p99)"
+            console.print(
+                f"A target worker's event loop is late by {late} during forwards of {threads or 'all'} threads; "
+                f"idle {found['idle_p99_ms']:.2f} ms (p99)"
+            )
 
 
 def write(measured: Measured, environment: Environment, num_threads: int, directory: Path) -> None:
@@ -63,6 +89,13 @@ def write(measured: Measured, environment: Environment, num_threads: int, direct
             {"name": peer.name, "dtype": peer.dtype, "tokens_per_s": peer.rate, "rounds": peer.tokens_per_s}
             for peer in measured.peers
         ],
+        "bursts": [
+            {"sequences": n, "tokens_per_s": measured.burst_rate(n)} for n in sorted(measured.burst_tokens_per_s)
+        ],
+        "continuous_batching_peer": measured.continuous,
+        "failed_peers": measured.failed_peers,
+        "sharing_cores_steps_per_s": measured.sharing,
+        "event_loop_lag": measured.lag,
         "cold_ttft_ms": measured.cold_ttft_ms,
         "hit_ttft_ms": measured.hit_ttft_ms,
         "dtype": measured.dtype,

@@ -132,7 +132,9 @@ class Cluster:
         redis = self._start_redis()
         self._start_service("target", target_flags(spec, target, threads.target), threads.target)
         tokenizer = target.directory if translates else ""
-        self._start_service("draft", draft_flags(spec, draft, threads.draft, tokenizer), threads.draft)
+        self._start_service(
+            "draft", draft_flags(spec, draft, threads.draft, target.directory, tokenizer), threads.draft
+        )
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
             self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
@@ -193,9 +195,13 @@ def target_flags(spec: ClusterSpec, model: PreparedModel, threads: int) -> list[
     return flags
 
 
-def draft_flags(spec: ClusterSpec, model: PreparedModel | None, threads: int, target_tokenizer: str = "") -> list[str]:
-    """`target_tokenizer`: the target's directory, where the draft's vocabulary is another."""
+def draft_flags(
+    spec: ClusterSpec, model: PreparedModel | None, threads: int, target: str = "", target_tokenizer: str = ""
+) -> list[str]:
+    """`target`: the target's directory; `target_tokenizer`: the same, where the draft's vocabulary is another."""
     flags = [*_worker_flags(spec, spec.draft_port, model, threads), "--drafter", spec.drafter]
+    if model is not None and target:
+        flags += ["--draft-target", target]
     if SIMULATED in (*parse_chain(spec.drafter), spec.draft):
         flags += ["--simulated-token-ms", str(spec.simulated_token_ms)]
         flags += ["--simulated-acceptance", str(spec.simulated_acceptance)]

@@ -5,6 +5,7 @@ Owns: that comparison, by the digest that coordinator and workers compare too. M
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -19,9 +20,18 @@ def digest_of(directory: str) -> str:
         return vocab_digest(simulated_vocab())
     file = Path(directory) / "tokenizer.json"
     try:
+        if stated := _stated(Path(directory)):
+            return stated
         return vocab_digest(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
     except Exception as error:  # the library raises nothing more specific
         raise CommandFailed(f"cannot read {file}: {error}") from None
+
+
+def _stated(directory: Path) -> str | None:
+    """The digest that a trained draft names, which has no tokenizer of its own; None for any other model."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    return str(config["outrider_draft"]["vocab_digest"]) if "outrider_draft" in config else None
 
 
 def differ(target: str, draft: str) -> bool:

@@ -9,7 +9,8 @@ its round with K_i tokens brings E_i = 1 + sum of S_ik over k <= K_i, and the po
 
     sum of E_i / round(max K_i, rows)      or, where all decode alone,      N / plain        (coordinator.round_cost)
 
-A token is worth verifying while S_ik exceeds its price, rate * row: what all would gain in the time that its row takes.
+A token is worth verifying while S_ik exceeds its price, rate * row: what all would gain in the time that its row takes,
+in one of the groups that the sequences form; so each number of groups has its price, and the best is taken.
 The time to draft is the same for all, that of the longest; so `depth`, the most tokens of any sequence, is found by
 trying each, with the tokens that are worth their price, and the price anew from the best rate (Dinkelbach 1967, "On
 nonlinear fractional programming"). Depth 0: all decode alone. A sequence that would clearly be faster alone than beside
@@ -29,7 +30,7 @@ from typing import Protocol
 from services.common.items import Proposed, Tokens
 from services.common.values import MAX_DRAFT_TOKENS
 from services.coordinator.acceptance_estimate import PoolAcceptance, SequenceAcceptance
-from services.coordinator.round_cost import Mean, RoundCost
+from services.coordinator.round_cost import MAX_GROUPS, Mean, RoundCost
 
 PROBE_LEN = 2
 PROBE_SHARE = 0.01
@@ -119,21 +120,22 @@ def best_choice(
     scale = num_sequences / len(survivals)
     plain_ns = cost.plain_ns(num_sequences)
     best_rate, best = margin * num_sequences / plain_ns, Choice(0)
-    price = best_rate * cost.target.row_ns
     for _ in range(NUM_PASSES):
-        previous, num_tokens, num_rows = best_rate, float(num_sequences), float(num_sequences)
-        for depth in range(1, max_depth + 1):
-            worthy = [s[depth - 1] for s in survivals if s[depth - 1] > price * fill]
-            if not worthy:
-                break
-            num_tokens += scale * sum(worthy)
-            num_rows += scale * fill * len(worthy)
-            round_ns = cost.round_ns(num_sequences, num_rows, depth)
-            if num_tokens / round_ns > best_rate:
-                best_rate = num_tokens / round_ns
-                best = Choice(depth, price * fill, num_rows, round_ns / plain_ns)
-        price = best_rate * cost.target.row_ns
-        if best_rate <= previous:
+        rate = best_rate
+        for num_groups in range(1, min(num_sequences, MAX_GROUPS) + 1):
+            price = rate * cost.target.row_ns / num_groups * fill
+            num_tokens, num_rows = float(num_sequences), float(num_sequences)
+            for depth in range(1, max_depth + 1):
+                worthy = [s[depth - 1] for s in survivals if s[depth - 1] > price]
+                if not worthy:
+                    break
+                num_tokens += scale * sum(worthy)
+                num_rows += scale * fill * len(worthy)
+                round_ns = cost.round_ns(num_sequences, num_rows, depth)
+                if num_tokens / round_ns > best_rate:
+                    best_rate = num_tokens / round_ns
+                    best = Choice(depth, price, num_rows, round_ns / plain_ns)
+        if best_rate <= rate:
             break
     return best
 

@@ -21,6 +21,7 @@ class DraftConfig(WorkerConfig):
     port: int = setting(50052, "Port to listen on; 0 takes a free one.")
     dtype: str = setting("float32", "Floating point type, or int8 for rounded weights.", choices=(*DTYPES, "int8"))
     drafter: str = setting("ngram", f"How tokens are proposed: {DRAFTER_HELP}.")
+    draft_target: str = setting("", "Target that a trained draft was trained for; empty: as the draft names it.")
     chain_min_match: int = setting(3, "In a chain, a lookup's match of fewer tokens is left to the next drafter.")
     target_tokenizer: str = setting(
         "", "The target's tokenizer, where its vocabulary is another: a directory, a Hugging Face id or `sample`."

@@ -147,7 +147,7 @@ def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     from services.engine.translated_sampler import TranslatingSampler
 
     pair = vocabulary_pair_of(config.model, config.target_tokenizer, config.min_vocab_overlap)
-    engine = engine_of(config, failure)
+    engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
     sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler()
@@ -203,7 +203,7 @@ def _verifying_model(config: DraftConfig, failure: Failure) -> _VerifyingModel:
     from services.engine.draft_verifier import DraftVerifier
     from services.engine.paged_model import PagedTargetModel
 
-    engine = engine_of(config, failure)
+    engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
     return _VerifyingModel(PagedTargetModel(engine, DraftVerifier()), blocks, max_len, engine.close)

@@ -15,7 +15,7 @@ from services.engine.vocabulary import load_vocabulary
 from services.engine.vocabulary_pair import VocabularyPair, match_vocabularies
 
 
-def engine_of(config: WorkerConfig, failure: Failure) -> PagedEngine:
+def engine_of(config: WorkerConfig, failure: Failure, draft_target: str = "") -> PagedEngine:
     """Loads and checks the configured model; `failure` is told of a lost rank. Raises as load_engine does."""
     options = EngineOptions(
         model=config.model,
@@ -30,6 +30,7 @@ def engine_of(config: WorkerConfig, failure: Failure) -> PagedEngine:
         num_threads=config.num_threads,
         cuda_graph_rows=config.cuda_graph_rows,
         compile=config.compile,
+        draft_target=draft_target,
         num_ranks=config.tensor_parallel_size,
         max_prefill_tokens=config.prefill_budget,
         max_sequences=config.max_sequences,

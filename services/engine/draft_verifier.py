@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.common.errors import OutriderError
 from services.common.values import MAX_DRAFT_ROW_LEN, SparseRow, VerificationMethod
 from services.engine import acceptance
 from services.engine.choosing import choose
@@ -32,7 +33,7 @@ from services.engine.verify_batch import VerifyBatch
 class DraftVerifier:
     """Verifies a smaller draft's proposals on a draft (services.engine.paged_model.LogitsVerifier)."""
 
-    def verify(self, works: list[Work], logits: Tensor) -> list[Verdict | None]:
+    def verify(self, works: list[Work], logits: Tensor) -> list[Verdict | OutriderError | None]:
         """One verdict for each work with rows, from float32 logits [sum of num_rows, V] in the order of the works.
 
         Raises Internal for logits that are not finite, naming the session, and for a wrong number of rows.
@@ -52,7 +53,7 @@ class DraftVerifier:
         )
         refuse_nonfinite(asking, flags)
 
-        verdicts: list[Verdict] = []
+        verdicts: list[Verdict | OutriderError] = []
         rows = iter(zip(ids.astype(np.int64), probs, strict=True))
         for line, (work, method) in enumerate(zip(asking, batch.methods, strict=True)):
             num, sequence = int(num_accepted[line]), work.sequence

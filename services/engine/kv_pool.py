@@ -7,6 +7,7 @@ dim), so that one block is one contiguous piece and a gather of blocks copies lo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ class KvPool:
         layout = (num_blocks, block_size)
         self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        # The same memory as (blocks, values of a block), as (slots, heads, dim) and as (1, heads, slots, dim).
+        self._key_blocks = [pool.flatten(1) for pool in self._keys]
+        self._value_blocks = [pool.flatten(1) for pool in self._values]
+        self._key_slots, self._value_slots = _slots_of(self._keys), _slots_of(self._values)
+        self._key_runs, self._value_runs = _runs_of(self._key_slots), _runs_of(self._value_slots)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values themselves, (num_blocks, block_size, heads, dim) each."""
@@ -53,14 +59,39 @@ class KvPool:
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores (tokens, heads, dim) at `slots` (tokens,), whatever stood there before."""
-        self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        self._key_slots[layer].index_copy_(0, slots, keys)
+        self._value_slots[layer].index_copy_(0, slots, values)
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `blocks` (batch, blocks each), as (batch, heads, blocks each * block_size, dim)."""
-        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+        keys = self._key_blocks[layer].index_select(0, blocks.flatten())
+        values = self._value_blocks[layer].index_select(0, blocks.flatten())
+        batch, shape = blocks.shape[0], self.shapes[layer]
+        return (
+            keys.view(batch, -1, shape.num_kv_heads, shape.key_dim).transpose(1, 2),
+            values.view(batch, -1, shape.num_kv_heads, shape.value_dim).transpose(1, 2),
+        )
+
+    def run(self, layer: int, first_block: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gather`, of one sequence whose blocks follow each other: the pool's own memory, no copy."""
+        start, num_slots = first_block * self.block_size, num_blocks * self.block_size
+        return self._key_runs[layer].narrow(2, start, num_slots), self._value_runs[layer].narrow(2, start, num_slots)
+
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zeroes whole blocks in all layers."""
+        indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
+        for pool in (*self._keys, *self._values):
+            pool.index_fill_(0, indices, 0.0)
+
+    def is_finite(self, blocks: Iterable[int]) -> bool:
+        """Whether whole blocks hold nothing but numbers, in all layers."""
+        indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
+        return all(bool(torch.isfinite(pool.index_select(0, indices)).all()) for pool in (*self._keys, *self._values))
 
 
-def _gather(pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    gathered = pool.index_select(0, blocks.flatten())
-    return gathered.view(blocks.shape[0], -1, *pool.shape[2:]).transpose(1, 2)
+def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [pool.flatten(0, 1) for pool in pools]
+
+
+def _runs_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [pool.transpose(0, 1).unsqueeze(0) for pool in pools]

@@ -29,11 +29,21 @@ def nonfinite_rows(logits: Tensor) -> Tensor:
     return ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
-def refuse_nonfinite(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> None:
-    """Raises Internal, naming the session, where a row of the works is flagged in `nonfinite` [sum of num_rows]."""
+def nonfinite_errors(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> dict[int, Internal]:
+    """By the index of each work with a row flagged in `nonfinite` [sum of num_rows]: an error naming its session."""
     if not nonfinite.any():
-        return
-    owners = [work.sequence for work in works for _ in range(work.num_rows)]
-    sequence = owners[int(np.flatnonzero(nonfinite)[0])]
+        return {}
+    owners = np.repeat(np.arange(len(works)), [work.num_rows for work in works])
+    return {int(index): _error(works[index]) for index in np.unique(owners[nonfinite.astype(bool)])}
+
+
+def refuse_nonfinite(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> None:
+    """Raises the first of `nonfinite_errors`, if there is one."""
+    for error in nonfinite_errors(works, nonfinite).values():
+        raise error
+
+
+def _error(work: Work) -> Internal:
+    sequence = work.sequence
     where = f"session {sequence.identity.session_id}, behind {len(sequence.tokens)} tokens"
-    raise Internal("DEFECT", f"the model's logits are not finite: {where}")
+    return Internal("DEFECT", f"the model's logits are not finite: {where}")

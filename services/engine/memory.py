@@ -115,8 +115,12 @@ def _available(meminfo: Path) -> int:
 
 
 def module_bytes(module: torch.nn.Module) -> int:
-    """Memory of a module's parameters and buffers: of sharded ones this rank's part, of quantised ones as stored."""
-    return sum(_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+    """Memory of a module's parameters and buffers: of sharded ones this rank's part, of quantised ones as stored.
+
+    Weights that are no tensors are counted by their modules, as `packed_bytes`.
+    """
+    packed = sum(getattr(part, "packed_bytes", 0) for part in module.modules())
+    return packed + sum(_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _stored_bytes(tensor: torch.Tensor) -> int:

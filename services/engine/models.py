@@ -22,6 +22,7 @@ from services.engine import paged_attention, quantisation
 from services.engine.kv_pool import LayerShape
 from services.engine.paged_attention import LayerCall, ProbeStep
 from services.engine.progress import Reporter
+from services.engine.trained_draft import load_trained_draft
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,34 +86,42 @@ def load_model(
     *,
     num_ranks: int = 1,
     quantised: bool = False,
+    target: Path | None = None,
 ) -> CausalModel:
     """Loads and probes the model in `directory`, or this rank's shard of it where `num_ranks` > 1.
 
-    `quantised`: its linear layers keep int8 weights and compute in `dtype`. Raises ModelUnsupported with the reason it
-    cannot be run exactly.
+    `quantised`: its linear layers keep int8 weights and compute in `dtype`. `target`: whose embedding it borrows, for a
+    trained draft. Raises ModelUnsupported with the reason it cannot be run exactly.
     """
     paged_attention.register()
     with reporter.task(f"Loading {directory.name}"), _without_loading_bars():
         config = load_config(directory)
-        try:
-            module = transformers.AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                attn_implementation=paged_attention.IMPLEMENTATION,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                distributed_config=DistributedConfig(tp_size=num_ranks) if num_ranks > 1 else None,
-            )
-        except (ValueError, KeyError, OSError, ImportError) as error:
-            raise ModelUnsupported(f"{directory.name} cannot be loaded: {error}") from error
+        if target is not None:
+            module = load_trained_draft(directory, config, target, dtype, paged_attention.IMPLEMENTATION)
+        else:
+            module = _from_pretrained(directory, config, dtype, num_ranks)
         module = module.eval() if num_ranks > 1 else module.to(device).eval()
         if quantised:
             quantisation.quantise(module)
         # Only a warning about padded batches reads it, at the price of a look at the token ids in every step.
         module.config.pad_token_id = None
     return probe_model(module, dtype, device)
+
+
+def _from_pretrained(directory: Path, config: Any, dtype: torch.dtype, num_ranks: int) -> Any:
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=paged_attention.IMPLEMENTATION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            distributed_config=DistributedConfig(tp_size=num_ranks) if num_ranks > 1 else None,
+        )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ModelUnsupported(f"{directory.name} cannot be loaded: {error}") from error
 
 
 def load_config(directory: Path) -> Any:

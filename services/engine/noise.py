@@ -110,8 +110,8 @@ def gumbel_row(seed: int, index: int, purpose: Purpose, token_ids: IntsLike, for
 def gumbel_argmax(scores: Floats, keys: NoiseKeys) -> npt.NDArray[np.int64]:
     """Draws a token from each row of float32 log-probabilities [R, V]: the one with the highest score + noise, [R].
 
-    A row has at least one finite score and none at +inf. A block of four tokens at -inf costs nothing. Ties go to the
-    lowest id.
+    A row has at least one finite score and none at +inf. A block of four tokens too low to be chosen costs nothing.
+    Ties go to the lowest id.
     """
     num_rows, vocab_size = scores.shape
     rows = [np.broadcast_to(_counts(part), (num_rows,)) for part in keys]
@@ -127,6 +127,8 @@ def gumbel_argmax(scores: Floats, keys: NoiseKeys) -> npt.NDArray[np.int64]:
 # g <= -log(1 - u), so it must have 1 - u <= exp(score - L): one exponential a token; few pass and need g itself.
 # The slack covers float32 rounding of noise and sum, and keeps the choice exactly that of the plain argmax.
 _SLACK = np.float32(1.001)
+_MAX_GUMBEL = np.float32(23.0)
+"""No variate is greater, so a score this far below the bound cannot reach it."""
 
 
 def _argmax_chunk(scores: Floats, keys: NoiseKeys) -> npt.NDArray[np.int64]:
@@ -138,7 +140,7 @@ def _argmax_chunk(scores: Floats, keys: NoiseKeys) -> npt.NDArray[np.int64]:
     padded = np.full((len(scores), num_blocks * 4), -np.inf, dtype=np.float32)
     padded[:, : scores.shape[1]] = scores
     blocked = padded.reshape(len(scores), num_blocks, 4)
-    row, block = np.nonzero((blocked > -np.inf).any(axis=2))
+    row, block = np.nonzero((blocked.max(axis=2) >= (bound - _MAX_GUMBEL)[:, None]) & (blocked > -np.inf).any(axis=2))
     drawn = block_words(_take(keys, row), block)
     with np.errstate(under="ignore", over="ignore"):
         weight = np.exp(blocked[row, block] - bound[row, None]) * _SLACK

@@ -5,7 +5,7 @@ result and is not handled here raises. Must not know: which model calls it, sequ
 
 The paging is that of Kwon et al. 2023 (PagedAttention). Query heads that share a key head (Ainslie et al. 2023) are
 folded into the rows of one product instead of repeating keys and values. The number of torch calls a layer is constant:
-at most two groups of sequences (services.engine.step_layout), one product each.
+a few groups of sequences (services.engine.step_layout), one product each.
 """
 
 from __future__ import annotations
@@ -48,8 +48,31 @@ class LayerCall(NamedTuple):
     softcap: float | None
 
 
+class Rotation(NamedTuple):
+    """Turns heads (tokens, heads, dim) by their positions (Su et al. 2021, RoFormer), both halves of `dim` at once:
+    cos * x + sin * (-x2, x1) for x = (x1, x2), where (-x2, x1) is x rolled by half, its first half negated."""
+
+    cos: torch.Tensor
+    """(tokens, 1, dim)"""
+    signed_sin: torch.Tensor
+    """As `cos`, negative in the first half."""
+
+    @classmethod
+    def of(cls, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+        cos, sin = (table[0].unsqueeze(1) for table in embeddings)
+        half = sin.shape[-1] // 2
+        return cls(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+
+    def turn(self, heads: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(heads * self.cos, heads.roll(heads.shape[-1] // 2, -1), self.signed_sin)
+
+
 class AttentionStep(Protocol):
     """Travels through the model's call as the keyword `paged_step` and computes its layers' attention."""
+
+    def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+        """What turns the step's heads, from the model's cosines and sines."""
+        return Rotation.of(embeddings)
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query (tokens, heads, dim), key and value (tokens, kv heads, dim) to (tokens, heads, value dim)."""
@@ -111,6 +134,14 @@ class PagedStep:
         self._pool = pool
         self._layout = layout
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._rotations: dict[int, tuple[tuple[torch.Tensor, torch.Tensor], Rotation]] = {}
+
+    def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+        """Of the step's tokens, from cosines and sines (1, tokens, dim): made once for all layers that share them."""
+        found = self._rotations.get(id(embeddings[0]))
+        if found is None:
+            found = self._rotations[id(embeddings[0])] = embeddings, Rotation.of(embeddings)
+        return found[1]
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._pool.write(call.layer, self._layout.slots, key, value)
@@ -128,14 +159,22 @@ class PagedStep:
         group = self._layout.groups[index]
         batch, max_rows = group.batch, group.max_rows
         rows = query if group.rows is None else query.index_select(0, group.rows)
-        # (batch, rows, kv heads, fold, dim) to (batch, kv heads, fold * rows, dim)
-        folded = rows.reshape(batch, max_rows, -1, fold, query.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        keys, values = self._pool.gather(call.layer, group.blocks)
+        num_kv_heads, dim = query.shape[1] // fold, query.shape[2]
+        if max_rows == 1:
+            folded = rows.reshape(batch, num_kv_heads, fold, dim)
+        else:  # (batch, rows, kv heads, fold, dim) to (batch, kv heads, fold * rows, dim)
+            folded = rows.reshape(batch, max_rows, num_kv_heads, fold, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        if group.first_block is None:
+            keys, values = self._pool.gather(call.layer, group.blocks)
+        else:
+            keys, values = self._pool.run(call.layer, group.first_block, group.blocks.shape[1])
         mask = self._mask(index, fold, call.window, query.dtype)
         if call.softcap is None:
             attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=call.scaling)
         else:
             attended = _soft_capped_attention(folded, keys, values, mask, call.scaling, call.softcap)
+        if max_rows == 1:
+            return attended.reshape(batch, -1)
         return (
             attended.view(batch, -1, fold, max_rows, attended.shape[-1])
             .permute(0, 3, 1, 2, 4)
@@ -182,6 +221,9 @@ class ProbeStep:
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []
         self.shapes: list[LayerShape] = []
+
+    def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+        return Rotation.of(embeddings)
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.calls.append(call)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from services.common.errors import ConfigError, WorkerFailed
+from services.common.errors import ConfigError, ModelUnsupported, OutriderError, WorkerFailed
 from services.common.failure import Failure
 from services.common.values import ModelInfo
 from services.engine import digest, quantisation
@@ -24,12 +24,13 @@ from services.engine.step import DraftModel, Sampled, TargetModel, Verdict, Work
 from services.engine.tensor_parallel import plan
 from services.engine.tensor_parallel.leading_runner import LeadingRunner
 from services.engine.tensor_parallel.ranks import Ranks
+from services.engine.trained_draft import read_manifest
 
 
 class LogitsVerifier(Protocol):
     """services.engine.verifier.Verifier."""
 
-    def verify(self, works: list[Work], logits: torch.Tensor) -> list[Verdict | None]: ...
+    def verify(self, works: list[Work], logits: torch.Tensor) -> list[Verdict | OutriderError | None]: ...
 
 
 class LogitsSampler(Protocol):
@@ -63,6 +64,8 @@ class EngineOptions:
     compile: bool = False
     """Compile norms and MLPs."""
     num_ranks: int = 1
+    draft_target: str = ""
+    """For a trained draft, the target that it was trained for; empty: as its directory names it."""
     max_prefill_tokens: int = 512
     max_sequences: int = 1
     max_rows: int = 1
@@ -99,7 +102,8 @@ def load_engine(options: EngineOptions, reporter: Reporter, failure: Failure | N
     """
     _check_options(options)
     directory = resolve_model(options.model, options.cache_dir, reporter)
-    spec = spec_of(options, directory)
+    target = _target_of(options, directory, reporter)
+    spec = spec_of(options, directory, target)
     ranks = None
     if spec.size > 1:
         plan.check_model(load_config(directory), spec.size)
@@ -107,7 +111,7 @@ def load_engine(options: EngineOptions, reporter: Reporter, failure: Failure | N
     try:
         shard = load_shard(spec, reporter)
         reporter.note(shard.memory)
-        return _engine_of(options, directory, shard, ranks)
+        return _engine_of(options, directory, target or directory, shard, ranks)
     except BaseException as error:
         if ranks is None:
             raise
@@ -131,7 +135,20 @@ def _check_options(options: EngineOptions) -> None:
             raise ConfigError("compile: shards are not compiled; use tensor_parallel_size 1")
 
 
-def spec_of(options: EngineOptions, directory: Path) -> ShardSpec:
+def _target_of(options: EngineOptions, directory: Path, reporter: Reporter) -> Path | None:
+    """Where the target lies that a trained draft borrows from; None for any other model."""
+    manifest = read_manifest(load_config(directory))
+    if manifest is None:
+        return None
+    if options.num_ranks > 1:
+        raise ConfigError("tensor_parallel_size: a trained draft is not cut into shards; use 1")
+    target = resolve_model(options.draft_target or manifest.target, options.cache_dir, reporter)
+    if digest.directory_vocab_digest(target) != manifest.vocab_digest:
+        raise ModelUnsupported(f"{directory.name} was trained for another vocabulary than that of {target.name}")
+    return target
+
+
+def spec_of(options: EngineOptions, directory: Path, target: Path | None = None) -> ShardSpec:
     """What rank 0 is told; the other ranks differ in their number alone."""
     return ShardSpec(
         directory=str(directory),
@@ -147,16 +164,19 @@ def spec_of(options: EngineOptions, directory: Path) -> ShardSpec:
         num_threads=options.num_threads,
         cuda_graph_rows=options.cuda_graph_rows,
         compile=options.compile,
+        target_directory=str(target) if target else "",
         size=options.num_ranks,
     )
 
 
-def _engine_of(options: EngineOptions, directory: Path, shard: Shard, ranks: Ranks | None) -> PagedEngine:
+def _engine_of(
+    options: EngineOptions, directory: Path, vocabulary: Path, shard: Shard, ranks: Ranks | None
+) -> PagedEngine:
     model = shard.runner.model
     info = ModelInfo(
         name=options.name or display_name(options.model),
         digest=digest.model_digest(directory),
-        vocab_digest=digest.directory_vocab_digest(directory),
+        vocab_digest=digest.directory_vocab_digest(vocabulary),
         vocab_size=model.vocab_size,
         dtype=options.dtype,
         device=options.device,
@@ -185,8 +205,25 @@ class PagedTargetModel(TargetModel):
         return self._engine.info
 
     @torch.inference_mode()
-    def step(self, works: list[Work]) -> list[Verdict | None]:
-        return self._verifier.verify(works, self._engine.runner.forward(works))
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
+        """Raises the error of a sequence whose blocks cannot be cleared without others noticing."""
+        verdicts = self._verifier.verify(works, self._engine.runner.forward(works))
+        for work, verdict in zip(works, verdicts, strict=True):
+            if isinstance(verdict, OutriderError):
+                self._clear(work, verdict)
+        return verdicts
+
+    def _clear(self, work: Work, error: OutriderError) -> None:
+        """Zeroes what only this sequence wrote: masked slots of a block that is used again must hold numbers.
+
+        Where the fault may lie in blocks that others read, or in the memory of other ranks, all sequences must end.
+        """
+        pool, sequence = self._engine.runner.pool, work.sequence
+        shared = sequence.block_table[: sequence.num_shared_blocks]
+        if self._engine.ranks is not None or not pool.is_finite(shared):
+            pool.clear(range(pool.num_blocks))
+            raise error
+        pool.clear(sequence.block_table[sequence.num_shared_blocks :])
 
 
 class PagedDraftModel(DraftModel):

@@ -6,14 +6,18 @@
 
 Owns: loading a model through transformers alone and timing it. Must not know: the paged engine, the command line.
 `python -m services.engine.peers` reads a Task as JSON from standard input and writes one JSON object a line: a Ready,
-then a Timed for each prompt and peer, all peers in turn at each prompt, so that a noisy machine treats them alike.
+then a Timed for each prompt and peer, all peers in turn at each prompt, so that a noisy machine treats them alike. A
+peer that raises is a Failed, and left out from then on; the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 from services.engine.models import torch_dtype
 
 TRANSFORMERS, ASSISTED, PROMPT_LOOKUP = PEERS = ("transformers", "assisted", "prompt-lookup")
+_MAX_REASON_LEN = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,18 @@ class Timed:
     event: str = "timed"
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A peer that cannot go on, and why, in one line."""
+
+    peer: str
+    reason: str
+    event: str = "failed"
+
+
+Event = Ready | Timed | Failed
+
+
 class Clock(StoppingCriteria):  # type: ignore[misc]
     """Never stops; notes when each step ended. transformers asks it once a step, also in assisted generation."""
 
@@ -82,34 +99,41 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 class Peers:
-    """The models of a task, ready to generate."""
+    """A task's models. Each is loaded when a peer first needs it, so that one that cannot be fails its peers alone."""
 
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
         self._task = task
-        self._target = self._load(task.target)
-        self._draft = self._load(task.draft) if ASSISTED in task.peers else None
-        eos = self._target.generation_config.eos_token_id
-        self._eos = None if task.ignore_eos else eos
-        for model in (self._target, self._draft):
-            if model is not None:  # what a model's own configuration asks for is not applied, as in Outrider
-                model.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=0)
+
+    @functools.cached_property
+    def _target(self) -> Any:
+        model = self._load(self._task.target)
+        eos = None if self._task.ignore_eos else model.generation_config.eos_token_id
+        return self._configured(model, eos)
+
+    @functools.cached_property
+    def _draft(self) -> Any:
+        return self._configured(self._load(self._task.draft), self._target.generation_config.eos_token_id)
 
     def _load(self, directory: str) -> Any:
         dtype = torch_dtype(self._task.dtype)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
         return model.to(self._task.device).eval()
 
+    def _configured(self, model: Any, eos: Any) -> Any:
+        """What a model's own configuration asks for is not applied, as in Outrider."""
+        model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+        return model
+
     @torch.inference_mode()
     def generate(self, peer: str, index: int) -> Timed:
         """Continues prompt `index`. The number of draft tokens is held fixed, however the peer fares."""
         prompt = self._task.prompts[index]
         ids = torch.tensor([prompt], device=self._task.device)
+        target, options = self._target, self._options(peer)  # loaded before the clock starts
         torch.manual_seed(self._task.seed + index)
         clock = Clock(len(prompt))
-        output = self._target.generate(
-            ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **self._options(peer)
-        )
+        output = target.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **options)
         token_ids = tuple(output[0, len(prompt) :].tolist())
         return Timed(peer, index, token_ids, clock.now_ns, tuple(clock.steps))
 
@@ -120,7 +144,7 @@ class Peers:
             options |= {"do_sample": True, "temperature": task.temperature, "top_k": 0, "top_p": 1.0}
         if peer == PROMPT_LOOKUP:
             options["prompt_lookup_num_tokens"] = task.num_draft_tokens
-        if peer == ASSISTED and self._draft is not None:
+        if peer == ASSISTED:
             config = self._draft.generation_config
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = task.num_draft_tokens, "constant"
             config.assistant_confidence_threshold = 0.0
@@ -132,19 +156,37 @@ def main() -> None:
     fields = json.load(sys.stdin)
     task = Task(**fields | {"peers": tuple(fields["peers"]), "prompts": tuple(map(tuple, fields["prompts"]))})
     transformers.logging.set_verbosity_error()
-    peers = Peers(task)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no event
+        for event in events(Peers(task), task):
+            output.write(json.dumps(asdict(event)) + "\n")
+            output.flush()
+
+
+def events(peers: Peers, task: Task) -> Iterator[Event]:
+    """Warms all peers up, then times those that have not failed."""
+    running = list(task.peers)
     for peer in task.peers:
-        peers.generate(peer, 0)
-    _say(Ready(transformers.__version__))
+        event = _attempt(peers, peer, 0)
+        if isinstance(event, Failed):
+            running.remove(peer)
+            yield event
+    yield Ready(transformers.__version__)
     for index in range(len(task.prompts)):
-        order = task.peers if index % 2 == 0 else task.peers[::-1]
-        for peer in order:
-            _say(peers.generate(peer, index))
+        for peer in tuple(running if index % 2 == 0 else reversed(running)):
+            event = _attempt(peers, peer, index)
+            if isinstance(event, Failed):
+                running.remove(peer)
+            yield event
 
 
-def _say(event: Ready | Timed) -> None:
-    sys.stdout.write(json.dumps(asdict(event)) + "\n")
-    sys.stdout.flush()
+def _attempt(peers: Peers, peer: str, index: int) -> Timed | Failed:
+    try:
+        return peers.generate(peer, index)
+    except Exception as error:  # whatever transformers cannot do with these models
+        lines = (line.strip() for line in str(error).splitlines())
+        first = next((line for line in lines if line), "no reason given")
+        return Failed(peer, f"{type(error).__name__}: {first}"[:_MAX_REASON_LEN])
 
 
 if __name__ == "__main__":

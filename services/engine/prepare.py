@@ -100,9 +100,15 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     else:
         raise ConfigError(f"model: {model!r} is no directory, no .gguf file and no Hugging Face id")
     for pattern, what in _REQUIRED.items():
-        if not any(directory.glob(pattern)):
+        if not any(directory.glob(pattern)) and not (pattern == "tokenizer.json" and _is_trained_draft(directory)):
             raise ModelUnsupported(f"{model}: {directory.name} has no {what}")
     return directory
+
+
+def _is_trained_draft(directory: Path) -> bool:
+    """Such a draft uses its target's tokenizer (services.engine.trained_draft)."""
+    config = json.loads((directory / "config.json").read_text())
+    return isinstance(config, dict) and "outrider_draft" in config
 
 
 def resolve_tokenizer(source: str, cache_dir: Path, reporter: Reporter) -> Path:

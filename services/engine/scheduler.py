@@ -13,7 +13,8 @@ A step takes, oldest first,
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
 may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends.
 The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
-more rows, which must not make them longer still.
+more rows, which must not make them longer still. Sequences that came together start together: where all rows are of
+sequences with less than NUM_YOUNG_TOKENS tokens, prompts that fit into one step whole may use the largest budget.
 
 A sequence without blocks, new or preempted, first takes its longest cached prefix, at the moment of its first chunk.
 Where rows find no room, the newest sequence outside the step is preempted: its blocks go, and it is computed again
@@ -35,6 +36,7 @@ from services.engine.step_times import StepTimes
 DEFAULT_PREFILL_BUDGET = 512
 MIN_PREFILL_BUDGET = 8
 MAX_STRETCH = 0.6
+NUM_YOUNG_TOKENS = 16
 MAX_ROUND_LEN = MAX_DRAFT_TOKENS + 1
 """Tokens that one round can leave uncached; more than these are a prefill."""
 
@@ -124,14 +126,18 @@ class Scheduler:
         works = self._plan_rows(demands)
         all_have_room = len(works) == len(rows)
         budget = self.prefill_budget(sum(work.num_rows for work in works) or num_expected_rows)
+        is_young = not num_expected_rows and all(demand.sequence.num_generated < NUM_YOUNG_TOKENS for demand in rows)
+        whole_budget = self._max_prefill_budget if is_young else budget
         for demand in awaited + eager:
-            if budget <= 0:
+            fits = demand.num_tokens_to_cache <= whole_budget
+            if budget <= 0 and not fits:
                 break
             if not self._holds_room(demand) and not (all_have_room and self._has_room(demand)):
                 all_have_room = False
             else:
-                works.append(self._chunk(demand, budget))
+                works.append(self._chunk(demand, whole_budget if fits else budget))
                 budget -= works[-1].num_new_tokens
+                whole_budget -= works[-1].num_new_tokens
         if not works and (first := next(iter(rows + awaited), None)):
             self._preempt_for(first, [d.sequence for d in demands if d is not first])
             works.append(self._chunk(first, budget))

@@ -48,18 +48,30 @@ SCRIPT = (
 )
 
 
-def self_check(model: CausalModel, block_size: int) -> float:
-    """Returns the relative difference found. Raises ModelUnsupported above tolerance or for too few positions."""
+class Reference(NamedTuple):
+    """What the model itself gives: the tokens of each sequence, and their logits (tokens, vocab_size)."""
+
+    texts: list[list[int]]
+    logits: list[torch.Tensor]
+    tolerance: float
+
+
+def reference_of(model: CausalModel) -> Reference:
+    """Taken before anything of the model is replaced. Raises ModelUnsupported for too few positions."""
     if model.max_sequence_len < max(LENGTHS):
         raise ModelUnsupported(f"it has {model.max_sequence_len} positions; the check at load needs {max(LENGTHS)}")
     generator = torch.Generator().manual_seed(_SEED)
     texts = [torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
-    expected = [_own_logits(model, text) for text in texts]
+    return Reference(texts, [_own_logits(model, text) for text in texts], TOLERANCE[model.dtype])
+
+
+def self_check(model: CausalModel, block_size: int, reference: Reference | None = None) -> float:
+    """Returns the relative difference found. Raises ModelUnsupported above tolerance or for too few positions."""
+    texts, expected, tolerance = reference or reference_of(model)
     found = _paged_logits(model, texts, block_size)
     scale = max(1.0, *(float(logits.abs().max()) for logits in expected))
     differences = [(logits - expected[sequence][row]).abs().max() for sequence, row, logits in found]
     difference = float(torch.stack(differences).max()) / scale
-    tolerance = TOLERANCE[model.dtype]
     if not difference <= tolerance:
         raise ModelUnsupported(
             f"{type(model.module).__name__} through the paged attention differs from its own attention by "

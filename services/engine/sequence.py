@@ -75,6 +75,10 @@ class Sequence:
         return len(self.tokens) - self.num_cached
 
     @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
     def num_remaining_tokens(self) -> int:
         """Tokens that may still be generated."""
         return max(0, self.max_len - len(self.tokens))

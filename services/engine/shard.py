@@ -18,10 +18,10 @@ from services.engine.compiled import compile_blocks
 from services.engine.kv_pool import block_bytes
 from services.engine.memory import MIB, PoolBudget, PoolSize, does_not_fit, free_memory, module_bytes, size_pool
 from services.engine.models import CausalModel, load_model, torch_dtype
-from services.engine.packed_linear import can_pack, pack_linear_layers
+from services.engine.packing import pack
 from services.engine.progress import Reporter
 from services.engine.runners import Runner, make_runner
-from services.engine.self_check import self_check
+from services.engine.self_check import reference_of, self_check
 from services.engine.tensor_parallel import group
 from services.engine.workspace import StepLimits, measure_workspace
 
@@ -44,6 +44,8 @@ class ShardSpec:
     num_threads: int
     cuda_graph_rows: int
     compile: bool
+    target_directory: str = ""
+    """Of the target whose embedding a trained draft borrows."""
     rank: int = 0
     size: int = 1
 
@@ -98,12 +100,17 @@ def load_shard(spec: ShardSpec, reporter: Reporter) -> Shard:
         torch.set_num_threads(spec.num_threads)
     quantised = spec.dtype == quantisation.INT8
     dtype = quantisation.COMPUTE_DTYPE if quantised else torch_dtype(spec.dtype)
-    model = load_model(Path(spec.directory), dtype, device, reporter, num_ranks=spec.size, quantised=quantised)
-    if spec.packs and not quantised and can_pack(dtype, device):
-        with reporter.task("Packing the linear layers for oneDNN"):
-            pack_linear_layers(model.module)
+    target = Path(spec.target_directory) if spec.target_directory else None
+    model = load_model(
+        Path(spec.directory), dtype, device, reporter, num_ranks=spec.size, quantised=quantised, target=target
+    )
+    with reporter.task("Asking the model's own attention"):
+        reference = reference_of(model)
+    if spec.packs and not quantised:
+        with reporter.task("Packing the weights"):
+            model = pack(model)
     with reporter.task("Checking the paged attention against the model's own"):
-        difference = self_check(model, spec.block_size)
+        difference = self_check(model, spec.block_size, reference)
     if spec.compile:
         compile_blocks(model.module)
     size = _size_pool(model, spec)

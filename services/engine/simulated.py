@@ -20,6 +20,7 @@ import time
 from array import array
 from collections.abc import Callable
 
+from services.common.errors import OutriderError
 from services.common.values import ModelInfo, TopLogProbs, VerificationMethod, derive_draft_seed
 from services.common.vocab import SIMULATED_EOS, simulated_vocab, vocab_digest
 from services.engine.block_manager import BlockManager
@@ -141,10 +142,10 @@ class SimulatedTarget:
     def info(self) -> ModelInfo:
         return self._info
 
-    def step(self, works: list[Work]) -> list[Verdict | None]:
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
         """Computes the works and waits until the device would have done so."""
         started_s = self._pace.now_s
-        verdicts = [self._compute(work) for work in works]
+        verdicts: list[Verdict | OutriderError | None] = [self._compute(work) for work in works]
         num_rows = sum(work.num_rows for work in works)
         num_prefilled = sum(work.num_computed_tokens for work in works) - num_rows
         duration_ms = self._step_ms + self._row_ms * num_rows + self._prefill_token_ms * num_prefilled

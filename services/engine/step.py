@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from services.common.errors import OutriderError
 from services.common.values import ModelInfo, Proposal, SparseRow, TopLogProbs
 from services.engine.sequence import Sequence
 
@@ -65,14 +66,15 @@ class TargetModel(Protocol):
     """Computes a step of the target. Called by the engine thread only.
 
     `step` writes keys and values of every computed token into the blocks of its sequence and returns one entry a Work,
-    in order: a Verdict where num_rows > 0, else None. It changes no Sequence: the core appends tokens, sets num_cached
+    in order: a Verdict where num_rows > 0, else None; an error where that sequence alone has none and must end without
+    its cache being shared. It changes no Sequence: the core appends tokens, sets num_cached
     and truncates. The cost may depend on the batch; the tokens must not (floating point apart).
     """
 
     @property
     def info(self) -> ModelInfo: ...
 
-    def step(self, works: list[Work]) -> list[Verdict | None]: ...
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]: ...
 
 
 class DraftModel(Protocol):

@@ -2,8 +2,8 @@
 
 Owns: where each token of a step comes from and goes to. Must not know: models, attention, the pool's contents.
 
-Works are split into at most two groups by how many rows each computes, decode and verification on one side and prefill
-chunks on the other, so that the padding of a group to its longest member stays small:
+Works are split into at most MAX_GROUPS groups of like rows and contexts, so that the padding of a group to its longest
+members stays small: one row beside a chunk of prefill, or a short context beside a long one, would cost as much:
 
     tokens of the step      [ w0 | w1     | w2 | ...        ]    laid end to end, as the model sees them
     query rows of a group   [ w0 . . | w2 . . | ...         ]    (batch, max_rows), padding rows repeat the first token
@@ -21,8 +21,11 @@ import torch
 
 from services.engine.step import Work
 
-MAX_SHORT_ROWS = 32
-"""Works up to this many rows (more than the longest proposal and its bonus row) make the short group."""
+MAX_GROUPS = 3
+MIN_SAVING = 0.25
+"""Part of the padded work that one more group must save: each costs every layer a few calls."""
+GATHER_ROWS = 8
+"""Gathering a block costs about as much as so many rows that look at it."""
 
 Ints = npt.NDArray[np.int64]
 ToDevice = Callable[[Ints], torch.Tensor]
@@ -40,6 +43,8 @@ class AttentionGroup:
     """(batch, max_rows): absolute position of each query row; padding is at 0, where something is always visible."""
     blocks: torch.Tensor
     """(batch, max_blocks): the block tables, padded with block 0."""
+    first_block: int | None = None
+    """Of a single sequence whose blocks follow each other in the pool, the first: nothing needs to be gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +102,8 @@ def _slots(work: Work, positions: Ints, block_size: int) -> Ints:
 def _build_groups(
     works: list[Work], lens: Ints, starts: Ints, block_size: int, to_device: ToDevice
 ) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
-    short = lens <= MAX_SHORT_ROWS
-    members = [m for m in (np.flatnonzero(short), np.flatnonzero(~short)) if m.size]
+    ends = np.array([work.sequence.num_cached for work in works], dtype=np.int64) + lens
+    members = partition(lens, -(-ends // block_size))
     groups, output_rows, offset, in_order = [], np.zeros(int(lens.sum()), dtype=np.int64), 0, True
     for member in members:
         max_rows = int(lens[member].max())
@@ -109,17 +114,50 @@ def _build_groups(
         output_rows[rows[real]] = offset + np.flatnonzero(real)
         ordered = len(members) == 1 and bool(real.all())
         in_order = in_order and ordered
+        blocks = _padded_blocks([works[i] for i in member], block_size)
+        is_run = len(member) == 1 and bool((np.diff(blocks[0]) == 1).all())
         groups.append(
             AttentionGroup(
                 batch=len(member),
                 max_rows=max_rows,
                 rows=None if ordered else to_device(rows.ravel()),
                 row_positions=to_device(np.where(real, cached[:, None] + within, 0)),
-                blocks=to_device(_padded_blocks([works[i] for i in member], block_size)),
+                blocks=to_device(blocks),
+                first_block=int(blocks[0, 0]) if is_run else None,
             )
         )
         offset += rows.size
     return tuple(groups), None if in_order else to_device(output_rows)
+
+
+def partition(rows: Ints, blocks: Ints) -> list[Ints]:
+    """Splits works with so many rows and blocks each into groups; their indices, ascending within a group."""
+    groups = [np.argsort(rows * blocks, kind="stable")]
+    while len(groups) < MAX_GROUPS:
+        total = sum(_padded_work(rows[group], blocks[group])[-1] for group in groups)
+        saving, index, at = max(_best_split(rows[group], blocks[group], n) for n, group in enumerate(groups))
+        if saving <= MIN_SAVING * total:
+            break
+        groups[index : index + 1] = groups[index][:at], groups[index][at:]
+    return sorted((np.sort(group) for group in groups), key=lambda group: int(group[0]))
+
+
+def _best_split(rows: Ints, blocks: Ints, index: int) -> tuple[float, int, int]:
+    """What splitting a group saves at most, the group's index, and the place to split at."""
+    whole = _padded_work(rows, blocks)
+    if len(rows) == 1:
+        return 0.0, index, 0
+    rest = _padded_work(rows[::-1], blocks[::-1])[::-1]
+    savings = whole[-1] - (whole[:-1] + rest[1:])
+    at = int(savings.argmax())
+    return float(savings[at]), index, at + 1
+
+
+def _padded_work(rows: Ints, blocks: Ints) -> Ints:
+    """Of the first 1, 2, ... works as one group."""
+    max_blocks, max_rows = np.maximum.accumulate(blocks), np.maximum.accumulate(rows)
+    work: Ints = np.arange(1, len(rows) + 1) * max_blocks * (max_rows + GATHER_ROWS)
+    return work
 
 
 def _padded_blocks(works: list[Work], block_size: int) -> Ints:

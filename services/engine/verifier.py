@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.common.errors import OutriderError
 from services.common.values import TopLogProbs
 from services.engine import acceptance
 from services.engine.choosing import Outcome, choose
-from services.engine.logits_check import check_num_rows, nonfinite_rows, refuse_nonfinite
+from services.engine.logits_check import check_num_rows, nonfinite_errors, nonfinite_rows
 from services.engine.processing import process, rows_of
 from services.engine.step import Verdict, Work
 from services.engine.transfer import to_device, to_host
@@ -33,28 +34,32 @@ class Verifier:
     def __init__(self, untrusted_drafts: bool = False) -> None:
         self._untrusted_drafts = untrusted_drafts
 
-    def verify(self, works: list[Work], logits: Tensor) -> list[Verdict | None]:
+    def verify(self, works: list[Work], logits: Tensor) -> list[Verdict | OutriderError | None]:
         """One verdict for each work with rows, from float32 logits [sum of num_rows, V] in the order of the works.
 
-        Raises Internal for logits that are not finite, naming the session, and for a wrong number of rows.
+        In the place of a verdict stands an error where a work's logits are not finite: rows don't depend on each other.
+        Raises Internal for a wrong number of rows.
         """
         asking = [work for work in works if work.num_rows]
         check_num_rows(asking, logits)
         if not asking:
             return [None] * len(works)
         nonfinite = nonfinite_rows(logits)
-        if logits.device.type == "cpu":
-            refuse_nonfinite(asking, nonfinite.numpy())
+        if logits.device.type == "cpu" and nonfinite.any():  # sorting on a host takes numbers only
+            logits = logits.masked_fill(nonfinite[:, None], 0.0)
         batch = VerifyBatch.of(asking, logits.shape[1])
         outcome, replaced = choose(batch, process(logits, rows_of(asking)), self._untrusted_drafts)
         reports = _Reports.of(batch, logits, outcome)
         flags, num_accepted, token_ids, *columns = to_host(
             [nonfinite, outcome.num_accepted, outcome.token_ids, *reports.columns]
         )
-        refuse_nonfinite(asking, flags)
+        errors = nonfinite_errors(asking, flags)
 
-        verdicts: list[Verdict] = []
+        verdicts: list[Verdict | OutriderError] = []
         for line, work in enumerate(asking):
+            if line in errors:
+                verdicts.append(errors[line])
+                continue
             num = int(num_accepted[line])
             sequence, chosen = work.sequence, tuple(token_ids[line, : num + 1].astype(int).tolist())
             kept, num = acceptance.end(chosen, num, sequence.eos_token_ids, sequence.num_remaining_tokens)

@@ -21,7 +21,7 @@ from services.common.values import Proposal, WorkerLoad
 from services.engine.block_manager import BlockManager, PrefixCacheStats
 from services.engine.hold import HoldPolicy, Ready, Rhythm
 from services.engine.pending import Pending
-from services.engine.scheduler import DEFAULT_PREFILL_BUDGET, Demand, Scheduler
+from services.engine.scheduler import DEFAULT_PREFILL_BUDGET, NUM_YOUNG_TOKENS, Demand, Scheduler
 from services.engine.sequence import Sequence
 from services.engine.sequence_table import Fence, Limits, SequenceTable, check_base_len
 from services.engine.step import TargetModel, Verdict, Work
@@ -134,7 +134,7 @@ class TargetCore:
         if not (away := self._away):
             return 0.0
         now_ns = self._clock()
-        return self._hold.hold_ns(now_ns, self._ready(_num_expected_rows(away, now_ns)), away) / 1e9
+        return self._hold.hold_ns(now_ns, self._ready(self._num_expected_rows(now_ns)), away) / 1e9
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -157,7 +157,7 @@ class TargetCore:
     def step(self) -> Results:
         """Computes one step: rows of all sequences that somebody waits for, and prefill chunks."""
         slots, started_ns = self._table.slots, self._clock()
-        num_expected_rows = _num_expected_rows(self._away, started_ns)
+        num_expected_rows = self._num_expected_rows(started_ns)
         works = self._scheduler.plan([slot.demand for slot in slots], num_expected_rows)
         if not works:
             return []
@@ -193,6 +193,11 @@ class TargetCore:
         """Of the sequences that were answered and are expected to ask again."""
         return [slot.rhythm for slot in self._table.slots if slot.rhythm.left_ns is not None]
 
+    def _num_expected_rows(self, now_ns: int) -> int:
+        """Rows that may arrive at any moment, of sequences that prefill may not slow down."""
+        grown = (slot for slot in self._table.slots if slot.sequence.num_generated >= NUM_YOUNG_TOKENS)
+        return sum(slot.rhythm.num_rows for slot in grown if slot.rhythm.is_expected(now_ns))
+
     def _ready(self, num_expected_rows: int) -> Ready:
         """What the next step would hold."""
         ready, num_prefill_tokens = Ready(), 0
@@ -203,6 +208,7 @@ class TargetCore:
             elif demand.proposal is None:
                 ready.num_plain += 1
             else:
+                ready.num_sequences += 1
                 ready.num_rows += 1 + len(demand.proposal.token_ids)
                 ready.num_tokens += slot.rhythm.num_tokens
         budget = self._scheduler.prefill_budget(ready.num_rows + ready.num_plain or num_expected_rows)
@@ -289,17 +295,20 @@ class TargetCore:
         )
         return [(connection, cut)]
 
-    def _end(self, slot: _Slot, error: OutriderError | None = None) -> Results:
+    def _end(self, slot: _Slot, error: OutriderError | None = None, keeps_cache: bool = True) -> Results:
         """Removes a sequence, whose committed prefix stays cached; with an error, refuses its item in progress."""
         self._table.remove(slot)
-        self._blocks.share(slot.sequence)
+        if keeps_cache:
+            self._blocks.share(slot.sequence)
         self._blocks.free(slot.sequence)
         if error is None or slot.pending is None:
             return []
         return [(slot.connection, Refused(slot.pending.item.identity, error, slot.pending.timings(self._clock())))]
 
-    def _settle(self, slot: _Slot, work: Work, verdict: Verdict | None, step: _Step) -> Results:
+    def _settle(self, slot: _Slot, work: Work, verdict: Verdict | OutriderError | None, step: _Step) -> Results:
         """Takes a work's outcome into the sequence, and answers its item."""
+        if isinstance(verdict, OutriderError):
+            return self._end(slot, verdict, keeps_cache=False)
         if slot.pending is not None:
             slot.pending.add_step(step.started_ns, step.ended_ns)
         if verdict is None:
@@ -350,11 +359,6 @@ class TargetCore:
         slot.num_free_tokens -= len(verdict.token_ids)
         ended = verdict.token_ids[-1] in slot.sequence.eos_token_ids
         return ended or slot.num_free_tokens <= 0 or not slot.sequence.num_remaining_tokens
-
-
-def _num_expected_rows(rhythms: list[Rhythm], now_ns: int) -> int:
-    """Rows that may arrive at any moment."""
-    return sum(rhythm.num_rows for rhythm in rhythms if rhythm.is_expected(now_ns))
 
 
 def _cut(proposal: Proposal, max_tokens: int) -> Proposal:

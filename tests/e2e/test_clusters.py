@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,26 @@ def test_bench_sweeps_into_one_report_and_page(tmp_path):
             assert entry[part]
     assert len(report["requests"]) == 4
     assert page.read_text().count("<svg") >= 7
+
+
+def test_bench_writes_its_report_though_a_peer_fails(tmp_path):
+    """A padded embedding: Outrider takes it for the same vocabulary, transformers' assisted generation does not."""
+    target, draft = save_model(tmp_path / "target"), save_model(tmp_path / "draft", vocab_size=328)
+    for file in target.glob("tokenizer*"):
+        shutil.copy(file, draft)
+    file, page = tmp_path / "report.json", tmp_path / "report.html"
+    models = ("--target", str(target), "--drafter", "model", "--draft", str(draft), "--raw")
+    short = ("--limit", "1", "--max-tokens", "4", "--peers", "assisted,transformers")
+    done = run_alone(tmp_path, "bench", *models, *short, "--json", str(file), "--html", str(page))
+    assert done.returncode == 1, done.stderr
+    assert "the peer assisted failed: ValueError: " in done.stderr
+    assert "Traceback" not in done.stderr
+    report = json.loads(file.read_text())
+    assisted, transformers = report["peers"]
+    assert assisted["failure"].startswith("ValueError: ")
+    assert (transformers["failure"], transformers["num_identical_outputs"]) == (None, 1)
+    assert (report["failed_requests"], report["num_identical_outputs"]) == (0, 1)
+    assert "assisted failed: ValueError: " in page.read_text()
 
 
 def test_demo_streams_three_prompts_and_compares(tmp_path):

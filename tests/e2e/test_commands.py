@@ -96,12 +96,20 @@ def test_check_distribution_finds_none_on_a_running_cluster(run, tmp_path, verif
     assert (found["num_plain"], found["num_speculative"], found["equal"]) == (150, 150, True)
     assert [test["name"] for test in found["tests"]][:4] == [f"token {i}" for i in range(1, 5)]
     assert found["p"] >= 1e-4
+    assert 0 < found["num_accepted_tokens"] < found["num_draft_tokens"]
 
 
 def test_check_distribution_needs_a_temperature(run):
     done = run("bench", "--check-distribution", "--temperature", "0")
     assert done.returncode == 2
     assert "--temperature" in done.stderr
+
+
+@pytest.mark.parametrize("options", [("--peers", "transformers"), ("--html", "page.html"), ("--rate", "2")])
+def test_check_distribution_refuses_what_it_would_ignore(run, options):
+    done = run("bench", "--check-distribution", *options)
+    assert done.returncode == 2
+    assert options[0] in done.stderr
 
 
 def test_models_are_listed_with_their_drafter(run):

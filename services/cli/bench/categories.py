@@ -31,7 +31,7 @@ MULTI_TURN_CATEGORIES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class CategoryReport:
-    """`speedup` compares the summed durations of the requests that succeeded in both modes.
+    """`speedup` compares tokens/s over the `num_compared` requests that succeeded in both modes.
 
     `num_repeating` counts speculative outputs that come to repeat themselves.
     """
@@ -42,6 +42,7 @@ class CategoryReport:
     speedup: float | None
     acceptance_rate: float | None
     mean_acceptance_length: float | None
+    num_compared: int
     num_identical_outputs: int | None
     num_repeating: int
     acceptance: Acceptance
@@ -67,16 +68,17 @@ def category_report(keys: set[Key], samples: Samples) -> CategoryReport:
     """Of the requests that `keys` name."""
     of = {mode: {key: sample for key, sample in samples[mode].items() if key in keys} for mode in Mode}
     both = of[Mode.PLAIN].keys() & of[Mode.SPECULATIVE].keys()
-    plain_ns, speculative_ns = (sum(of[mode][key].total_ns for key in both) for mode in Mode)
+    plain, speculative = (_rate([of[mode][key] for key in both]) for mode in (Mode.PLAIN, Mode.SPECULATIVE))
     drafted = list(of[Mode.SPECULATIVE].values())
     acceptance = acceptance_of(drafted)
     return CategoryReport(
         num_requests=len(keys),
         plain_tokens_per_s=_rate(of[Mode.PLAIN].values()),
         speculative_tokens_per_s=_rate(drafted),
-        speedup=ratio(plain_ns, speculative_ns),
+        speedup=ratio(speculative, plain),
         acceptance_rate=acceptance.acceptance_rate,
         mean_acceptance_length=acceptance.mean_acceptance_length,
+        num_compared=len(both),
         num_identical_outputs=num_identical(of) if both else None,
         num_repeating=sum(repetition_end(sample.token_ids) is not None for sample in drafted),
         acceptance=acceptance,

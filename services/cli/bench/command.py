@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -16,16 +17,16 @@ import click
 from services.cli.bench import page
 from services.cli.bench.distribution import draw_and_compare, print_distribution, verdict
 from services.cli.bench.document import CaseReport, Document, as_object, distribution_object
-from services.cli.bench.homogeneity import DistributionReport
 from services.cli.bench.load import LoadPlan
 from services.cli.bench.machine import environment
+from services.cli.bench.notes import notes_on
 from services.cli.bench.options import Output, bench_options
 from services.cli.bench.overhead import cpu_ratio, measure_overhead, print_overhead
-from services.cli.bench.peers import PeerReport, check_peers, peers_task, run_peers
+from services.cli.bench.peers import PeerReport, check_peers, failed_peers, peers_task, run_peers
 from services.cli.bench.report import FormulaTerms, build_report
 from services.cli.bench.sample import Mode, Sample
 from services.cli.bench.show import print_document
-from services.cli.bench.sweep import CaseOutcome, Sweep, Where, run_cases
+from services.cli.bench.sweep import Case, CaseOutcome, Sweep, Where, run_cases
 from services.cli.cluster import SIMULATED, ClusterSpec
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import address_option, cluster_options
@@ -65,14 +66,19 @@ def bench(
     outrider bench --peers transformers,prompt-lookup
     outrider bench --check-distribution --verification rejection --address host:50051
 
-    Ends with status 1 if a request failed, or if --check-distribution finds a difference (p below 1e-4).
+    Ends with status 1 if a request or a peer failed, with a report of the rest; or if --check-distribution finds a
+    difference (p below 1e-4) or saw no draft token to verify.
     """
     if overhead and check_distribution is not None:
         raise click.UsageError("--overhead and --check-distribution are runs of their own; give one of them")
+    if overhead or check_distribution is not None:
+        _refuse_what_is_ignored(plan, sweep, peers, output)
+    if overhead and address is not None:
+        raise click.UsageError("--overhead starts a cluster of its own: no --address, no OUTRIDER_ADDRESS")
     where = Where(address, spec)
     output.check()
     conversations = spread(load_prompts(prompts), limit)
-    configuration = _configuration(where, plan, prompts, len(conversations))
+    configuration = _configuration(where, plan, sweep, prompts, len(conversations))
     try:
         if overhead:
             _bench_overhead(plan, conversations[0], output)
@@ -82,6 +88,21 @@ def bench(
             _bench_prompts(where, plan, sweep, peers, conversations, configuration, output)
     except OutriderError as error:
         raise CommandFailed(describe(error, address)) from None
+
+
+def _refuse_what_is_ignored(plan: LoadPlan, sweep: Sweep, peers: tuple[str, ...], output: Output) -> None:
+    """By the runs of their own, rather than let their figures seem to obey it."""
+    given = {
+        "--sweep-...": any(sweep),
+        "--peers": bool(peers),
+        "--html": output.html_file is not None,
+        "--rate": plan.rate is not None,
+        "--all-turns": plan.all_turns,
+        "--mode": len(plan.modes) < len(Mode),
+    }
+    refused = [option for option, is_given in given.items() if is_given]
+    if refused:
+        raise click.UsageError(f"--overhead and --check-distribution know no {', '.join(refused)}")
 
 
 def _bench_prompts(
@@ -95,44 +116,48 @@ def _bench_prompts(
 ) -> None:
     if where.address is not None and sweep.drafters:
         raise click.UsageError("--sweep-drafters starts a cluster for each drafter; it cannot be used with --address")
-    check_peers(peers, where.spec, own_cluster=where.address is None)
+    check_peers(peers, where.spec.target, _drafters(where, sweep), own_cluster=where.address is None)
     if output.html_file is not None:
         page.check_plots()
     cases = sweep.cases(where.spec.drafter if where.address is None else "", plan.options)
     outcomes = run_cases(where, cases, conversations, plan, notices())
     reports = tuple(_case_report(where, plan, outcome) for outcome in outcomes)
-    document = Document(reports, configuration, environment(sys.argv[1:]))
-    if peers:
-        document = dataclasses.replace(document, peers=_run_peers(where.spec, plan, peers, reports[0]))
+    peer_reports = _run_peers(where.spec, plan, peers, reports[0]) if peers else ()
+    notes = notes_on(plan, cases, with_peers=bool(peers))
+    document = Document(reports, configuration, environment(sys.argv[1:]), peer_reports, notes)
     _write(document, output)
-    _fail_if_requests_did(document)
+    _fail_if_anything_did(document)
 
 
 def _case_report(where: Where, plan: LoadPlan, measured: CaseOutcome) -> CaseReport:
     case, (blocks, cpu_ms) = measured
-    report = build_report(blocks, cpu_ms, _formula_terms(where, plan, case.num_draft_tokens))
+    report = build_report(blocks, cpu_ms, _formula_terms(where, plan, case))
     samples = (outcome for block in blocks for outcome in block.outcomes)
     return CaseReport(case, report, tuple(outcome for outcome in samples if isinstance(outcome, Sample)))
 
 
-def _formula_terms(where: Where, plan: LoadPlan, num_draft_tokens: int | None) -> FormulaTerms | None:
-    """Only for one request at a time and a fixed length, as it assumes. A simulated cluster's costs are given."""
-    if plan.concurrency != 1 or plan.rate is not None or num_draft_tokens is None:
+def _formula_terms(where: Where, plan: LoadPlan, case: Case) -> FormulaTerms | None:
+    """Only for one request at a time and a fixed K, as the formula assumes. A simulated cluster's costs are given."""
+    spec, own_cluster = where.spec, where.address is None
+    if plan.concurrency != 1 or plan.rate is not None or case.num_draft_tokens is None:
         return None
-    spec = where.spec
-    simulated = spec.target == SIMULATED and spec.drafter == SIMULATED and spec.simulated_step_ms > 0
-    given = simulated and where.address is None
-    cost_ratio = spec.simulated_token_ms / spec.simulated_step_ms if given else None
-    return FormulaTerms(num_draft_tokens, cost_ratio)
+    simulated = spec.target == SIMULATED and case.drafter == SIMULATED and spec.simulated_step_ms > 0
+    cost_ratio = spec.simulated_token_ms / spec.simulated_step_ms if simulated and own_cluster else None
+    return FormulaTerms(case.num_draft_tokens, cost_ratio)
 
 
 def _run_peers(spec: ClusterSpec, plan: LoadPlan, peers: tuple[str, ...], first: CaseReport) -> tuple[PeerReport, ...]:
+    """What is measured already must not be lost: whatever goes wrong here goes into the report."""
     samples = first.of(Mode.SPECULATIVE) or first.of(Mode.PLAIN)
     if not samples:
-        raise CommandFailed("no request succeeded: the peers have no prompts to run")
+        return failed_peers(peers, "no request succeeded, which leaves no prompts to run")
     options = dataclasses.replace(first.case.options(plan.options), seed=plan.seed)
     num_draft_tokens = options.num_draft_tokens or DEFAULT_NUM_DRAFT_TOKENS
-    return run_peers(peers_task(peers, spec, options, num_draft_tokens, samples), samples, notices())
+    try:
+        task = peers_task(peers, spec, options, num_draft_tokens, samples)
+    except CommandFailed as failed:
+        return failed_peers(peers, str(failed))
+    return run_peers(task, samples, notices())
 
 
 def _write(document: Document, output: Output) -> None:
@@ -143,11 +168,15 @@ def _write(document: Document, output: Output) -> None:
         output.html_file.write_text(page.render(document), encoding="utf-8")
 
 
-def _fail_if_requests_did(document: Document) -> None:
-    num_failed = sum(entry.report.failed_requests for entry in document.cases)
-    if num_failed:
-        failures = [item for entry in document.cases for item in entry.report.failures.items()]
-        raise CommandFailed(f"{num_failed} requests failed: " + ", ".join(f"{n} {reason}" for reason, n in failures))
+def _fail_if_anything_did(document: Document) -> None:
+    """After the report is written."""
+    failures = sum((Counter(entry.report.failures) for entry in document.cases), Counter[str]())
+    sentences = [f"the peer {peer.name} failed: {peer.failure}" for peer in document.peers if peer.failure]
+    if failures:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in failures.items())
+        sentences.insert(0, f"{failures.total()} requests failed: {reasons}")
+    if sentences:
+        raise CommandFailed("; ".join(sentences))
 
 
 def _check_distribution(
@@ -160,18 +189,13 @@ def _check_distribution(
 ) -> None:
     if plan.options.temperature == 0:
         raise click.UsageError("--check-distribution samples: --temperature must be above 0")
-    found: list[DistributionReport] = []
-
-    def draw(address: str, pid: int | None) -> None:
-        found.append(asyncio.run(draw_and_compare(address, conversation, plan, num_samples, notices())))
-
-    where.on(notices(), where.spec.drafter, draw)
-    report = found[0]
+    with where.running(notices(), where.spec.drafter) as (address, _):
+        check = asyncio.run(draw_and_compare(address, conversation, plan, num_samples, notices()))
     if not output.quiet:
-        print_distribution(report, results())
-    _write_json(output, distribution_object(report, configuration, environment(sys.argv[1:])))
-    if not report.equal:
-        raise CommandFailed(verdict(report))
+        print_distribution(check, results())
+    _write_json(output, distribution_object(check, configuration, environment(sys.argv[1:])))
+    if not check.passed:
+        raise CommandFailed(verdict(check))
 
 
 def _bench_overhead(plan: LoadPlan, conversation: Conversation, output: Output) -> None:
@@ -189,11 +213,15 @@ def _bench_overhead(plan: LoadPlan, conversation: Conversation, output: Output) 
         raise CommandFailed(f"{fields['failed_requests']} requests failed")
 
 
-def _configuration(where: Where, plan: LoadPlan, prompts: Path, num_prompts: int) -> dict[str, str]:
+def _drafters(where: Where, sweep: Sweep) -> tuple[str, ...]:
+    return sweep.drafters or (where.spec.drafter,)
+
+
+def _configuration(where: Where, plan: LoadPlan, sweep: Sweep, prompts: Path, num_prompts: int) -> dict[str, str]:
     """What all cases share, in words."""
     spec = where.spec
     model = {"target": Path(spec.target).name, "dtype": spec.dtype, "device": spec.device}
-    if needs_model(parse_chain(spec.drafter)):
+    if any(needs_model(parse_chain(drafter)) for drafter in _drafters(where, sweep)):
         model["draft"] = Path(spec.draft).name
     arrivals = f"{plan.concurrency} at a time" if plan.rate is None else f"{plan.rate:g} a second, Poisson"
     return {

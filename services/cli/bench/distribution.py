@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +20,7 @@ from services.cli.bench.load import LoadPlan
 from services.cli.bench.sample import Mode
 from services.cli.prompts import Conversation
 from services.cli.terminal import progress_bar
-from services.client import Chat, OutriderClient
+from services.client import Chat, OutriderClient, Result
 
 CONTINUATION_LEN = 8
 DEFAULT_NUM_SAMPLES = 1000
@@ -28,11 +28,24 @@ DEFAULT_CONCURRENCY = 16
 _SEED_MASK = 2**64 - 1
 
 
+@dataclass(frozen=True, slots=True)
+class DistributionCheck:
+    """The comparison, and the draft tokens that the speculative continuations verified: without any it says nothing."""
+
+    report: DistributionReport
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def passed(self) -> bool:
+        return self.report.equal and self.num_draft_tokens > 0
+
+
 async def draw_and_compare(
     address: str, conversation: Conversation, plan: LoadPlan, num_samples: int, console: Console
-) -> DistributionReport:
+) -> DistributionCheck:
     """Draws `num_samples` continuations in each mode, in turns. Raises OutriderError where a request fails."""
-    drawn: dict[Mode, list[tuple[int, ...]]] = {mode: [] for mode in Mode}
+    drawn: dict[Mode, list[Result]] = {mode: [] for mode in Mode}
     text = conversation.turns[0]
     prompt = text if plan.raw else Chat.of(text)
     waiting = _requests(plan.seed, num_samples)
@@ -45,7 +58,7 @@ async def draw_and_compare(
                     options = replace(plan.options, seed=seed)
                     if mode is Mode.PLAIN:
                         options = replace(options, num_draft_tokens=0)
-                    drawn[mode].append((await client.complete(prompt, options)).token_ids)
+                    drawn[mode].append(await client.complete(prompt, options))
                     progress.advance(task)
 
             try:
@@ -54,7 +67,13 @@ async def draw_and_compare(
                         group.create_task(place())
             except ExceptionGroup as failures:
                 raise failures.exceptions[0] from None
-    return compare(drawn[Mode.PLAIN], drawn[Mode.SPECULATIVE])
+    plain, speculative = ([result.token_ids for result in drawn[mode]] for mode in (Mode.PLAIN, Mode.SPECULATIVE))
+    statistics = [result.statistics for result in drawn[Mode.SPECULATIVE]]
+    return DistributionCheck(
+        compare(plain, speculative),
+        sum(s.num_draft_tokens for s in statistics),
+        sum(s.num_accepted_tokens for s in statistics),
+    )
 
 
 def _requests(first_seed: int, num_samples: int) -> Iterator[tuple[Mode, int]]:
@@ -63,18 +82,22 @@ def _requests(first_seed: int, num_samples: int) -> Iterator[tuple[Mode, int]]:
             yield mode, (first_seed + 2 * index + offset) & _SEED_MASK
 
 
-def print_distribution(report: DistributionReport, console: Console) -> None:
+def print_distribution(check: DistributionCheck, console: Console) -> None:
     table = Table("", "outcomes", "cells", "chi-square", "p", title="plain against speculative", title_justify="left")
-    for test in report.tests:
+    for test in check.report.tests:
         table.add_row(test.name, str(test.num_outcomes), str(test.num_cells), f"{test.chi_square:.2f}", f"{test.p:.3g}")
     console.print(table)
-    console.print(verdict(report), soft_wrap=True)
+    console.print(verdict(check), soft_wrap=True)
 
 
-def verdict(report: DistributionReport) -> str:
+def verdict(check: DistributionCheck) -> str:
     """One sentence."""
+    if not check.num_draft_tokens:
+        return "NOTHING WAS DRAFTED: two sets of plain continuations say nothing about speculation; try --drafter model"
+    report = check.report
     found = "no difference found" if report.equal else "THE DISTRIBUTIONS DIFFER"
     return (
         f"{found}: p = {report.p:.3g} over {len(report.tests)} tests, {report.num_plain} plain and "
-        f"{report.num_speculative} speculative continuations; below {LEAST_P:g} counts as a difference"
+        f"{report.num_speculative} speculative continuations ({check.num_accepted_tokens} of "
+        f"{check.num_draft_tokens} draft tokens accepted); below {LEAST_P:g} counts as a difference"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from services.cli.bench.acceptance import repetition_end
-from services.cli.bench.homogeneity import DistributionReport
+from services.cli.bench.distribution import DistributionCheck
 from services.cli.bench.machine import Environment
 from services.cli.bench.peers import PeerReport
 from services.cli.bench.report import Report
@@ -27,7 +27,11 @@ DEFINITIONS = {
     "ttft_ms": "from sending to the first message with tokens, at the client",
     "tpot_ms": "from the first message with tokens to the last, over the tokens after the first message, a request",
     "itl_ms": "gap between consecutive messages with tokens; a speculative message may hold several tokens",
-    "speedup": "speculative tokens_per_s over plain tokens_per_s; of a category: plain over speculative durations",
+    "speedup": "speculative tokens_per_s over plain tokens_per_s; of a category: of the requests that succeeded in "
+    "both modes",
+    "num_compared": "requests that succeeded in both modes; num_identical_outputs are of these",
+    "coordinator_cpu_ms_per_round": "all CPU time of the coordinator in a mode's blocks over its rounds; a plain round "
+    "is one token",
     "decode_speedup": "plain over speculative decode_ms_per_token: prefill is not in it",
     "acceptance_rate": "accepted over drafted tokens",
     "mean_acceptance_length": "tokens of a verify step that had a draft, the target's own included",
@@ -43,7 +47,8 @@ DEFINITIONS = {
     "limits": "means over rounds; speedup = tokens_per_round * plain_ms_per_token / (draft + verify + overhead) ms; "
     "extra rows free: a verify step as short as a plain decode step",
     "peers": "transformers' generate in a process of its own on the same prompt tokens; tokens_per_s over the summed "
-    "durations; mean_acceptance_length is tokens a forward of the target",
+    "durations; mean_acceptance_length is tokens a forward of the target; with a failure, "
+    "its reason, figures are of the requests before it",
 }
 
 
@@ -67,6 +72,7 @@ class Document:
     configuration: dict[str, str]
     environment: Environment
     peers: tuple[PeerReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> CaseReport:
@@ -81,6 +87,7 @@ def as_object(document: Document) -> JsonObject:
         fields["cases"] = [{"case": _case(entry.case)} | _report(entry.report) for entry in document.cases]
     if document.peers:
         fields["peers"] = [dataclasses.asdict(peer) for peer in document.peers]
+    fields["notes"] = list(document.notes)
     fields["configuration"] = document.configuration
     fields["environment"] = dataclasses.asdict(document.environment)
     fields["definitions"] = DEFINITIONS
@@ -88,11 +95,16 @@ def as_object(document: Document) -> JsonObject:
 
 
 def distribution_object(
-    report: DistributionReport, configuration: dict[str, str], environment: Environment
+    check: DistributionCheck, configuration: dict[str, str], environment: Environment
 ) -> JsonObject:
     """What --json writes of a distribution check."""
     return {
-        "distribution": dataclasses.asdict(report) | {"equal": report.equal},
+        "distribution": dataclasses.asdict(check.report)
+        | {
+            "equal": check.report.equal,
+            "num_draft_tokens": check.num_draft_tokens,
+            "num_accepted_tokens": check.num_accepted_tokens,
+        },
         "configuration": configuration,
         "environment": dataclasses.asdict(environment),
     }

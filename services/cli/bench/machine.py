@@ -30,7 +30,6 @@ class Environment:
 
 def environment(arguments: Sequence[str]) -> Environment:
     """This machine; `arguments` are the command's. Of absolute paths only the last part is kept."""
-    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
     versions = {}
     for package in _PACKAGES:
         try:
@@ -38,13 +37,19 @@ def environment(arguments: Sequence[str]) -> Environment:
         except importlib.metadata.PackageNotFoundError:
             continue
     return Environment(
-        command=shlex.join(["outrider", *shown]),
+        command=shlex.join(["outrider", *map(_without_directory, arguments)]),
         cpu=_cpu_model(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=_memory_gib(),
         python=platform.python_version(),
         versions=versions,
     )
+
+
+def _without_directory(argument: str) -> str:
+    """Of `PATH` or `--option=PATH`."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def cpu_time_ms(pid: int) -> float | None:

@@ -85,7 +85,10 @@ class Output(NamedTuple):
                 continue
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                existed = file.exists()
                 file.open("a").close()
+                if not existed:  # an empty file would look like a report
+                    file.unlink()
             except OSError as error:
                 raise CommandFailed(f"cannot write {file}: {error.strerror}") from None
 

@@ -80,7 +80,8 @@ def print_overhead(reports: Sequence[OverheadReport], console: Console) -> None:
             number(report.tokens_per_s),
         )
     console.print(table)
-    console.print(f"CPU time a round, {reports[-1].num_sessions} sessions over 1: {cpu_ratio(reports):.3f}")
+    most, fewest = reports[-1].num_sessions, reports[0].num_sessions
+    console.print(f"CPU time a round, {most} sessions over {fewest}: {cpu_ratio(reports):.3f}")
 
 
 def _samples(blocks: Sequence[Block]) -> list[Sample]:

@@ -13,7 +13,7 @@ import jinja2
 
 from services.cli.bench.document import DEFINITIONS, Document
 from services.cli.bench.machine import Environment
-from services.cli.bench.show import figures, formula_line, grids, number
+from services.cli.bench.show import figures, formula_line, grids, identical_of, number
 from services.cli.failure import CommandFailed
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -44,7 +44,7 @@ def render(document: Document) -> str:
         title="Outrider: speculative decoding measured",
         subtitle=f"{document.configuration.get('target', 'a running cluster')}: {document.first.case.label}",
         cards=_cards(document),
-        sentences=[*(several if len(document.cases) > 1 else []), *figures(report)[2:], *formula],
+        sentences=[*(several if len(document.cases) > 1 else []), *figures(report)[2:], *formula, *document.notes],
         plots=list(plots(document)),
         grids=list(grids(document)),
         sections=[
@@ -56,7 +56,6 @@ def render(document: Document) -> str:
 
 def _cards(document: Document) -> list[Card]:
     report = document.first.report
-    identical = "-" if report.num_identical_outputs is None else f"{report.num_identical_outputs}/{report.num_requests}"
     rates = (mode.tokens_per_s if mode else None for mode in (report.plain, report.speculative))
     return [
         Card("speed-up, speculative over plain", number(report.speedup)),
@@ -67,7 +66,7 @@ def _cards(document: Document) -> list[Card]:
         ),
         Card("mean acceptance length", number(report.acceptance.mean_acceptance_length)),
         Card("conditional acceptance", number(report.acceptance.alpha)),
-        Card("identical outputs", identical),
+        Card("identical outputs", identical_of(report.overall)),
         Card("failed requests", str(report.failed_requests)),
     ]
 

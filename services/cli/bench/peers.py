@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from rich.console import Console
@@ -21,14 +22,13 @@ from rich.console import Console
 from services.cli.bench.acceptance import ratio
 from services.cli.bench.report import Percentiles
 from services.cli.bench.sample import Sample
-from services.cli.cluster import ClusterSpec, child_environment, prepare_model
+from services.cli.cluster import SIMULATED, ClusterSpec, child_environment, prepare_model
 from services.cli.failure import CommandFailed
 from services.cli.processes import tethered
 from services.cli.terminal import progress_bar
 from services.client import GenerateOptions
 
 PEERS = ("transformers", "assisted", "prompt-lookup")
-_NUM_SHOWN_LINES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class PeerReport:
     """One peer. Times are its own process's, without any service between.
 
     `num_identical_outputs` compares with Outrider's outputs for the same prompts, at temperature 0 only.
-    `mean_acceptance_length` is tokens a forward of the target.
+    `mean_acceptance_length` is tokens a forward of the target. With a `failure`, its reason, the figures are of the
+    requests before it.
     """
 
     name: str
@@ -77,15 +78,16 @@ class PeerReport:
     total_ms: Percentiles
     mean_acceptance_length: float | None
     num_identical_outputs: int | None
+    failure: str | None = None
 
 
-def check_peers(peers: Sequence[str], spec: ClusterSpec, *, own_cluster: bool) -> None:
-    """Raises CommandFailed where they cannot run, before anything is measured."""
+def check_peers(peers: Sequence[str], target: str, drafters: Sequence[str], *, own_cluster: bool) -> None:
+    """Raises CommandFailed where they cannot run, before anything is measured. `drafters`: those of all cases."""
     if not peers:
         return
-    if not own_cluster or spec.target == "simulated":
+    if not own_cluster or target == SIMULATED:
         raise CommandFailed("--peers needs a cluster of models that this command starts: no --address, no --simulated")
-    if "assisted" in peers and spec.drafter != "model":
+    if "assisted" in peers and "model" not in drafters:
         raise CommandFailed("--peers assisted needs a draft model: --drafter model --draft MODEL")
     if importlib.util.find_spec("transformers") is None:
         raise CommandFailed("--peers needs transformers: pip install 'outrider[engine]'")
@@ -112,27 +114,46 @@ def peers_task(
 
 
 def run_peers(task: Task, samples: Sequence[Sample], console: Console) -> tuple[PeerReport, ...]:
-    """Runs all peers over all prompts. Raises CommandFailed, with the end of its errors, if the process fails."""
-    timed: list[Timed] = []
+    """Runs all peers over all prompts. Never raises for what a peer, or their process, cannot do: it is reported."""
+    timed: dict[str, list[Timed]] = {name: [] for name in task.peers}
+    failures: dict[str, str] = {}
     version = ""
     with progress_bar(console) as progress:
         bar = progress.add_task("peers: loading and warming up", total=len(task.peers) * len(task.prompts))
-        for event in _events(task):
-            if event["event"] == "ready":
-                version = str(event["version"])
-                progress.update(bar, description="peers")
-            else:
-                timed.append(_timed(event))
-                progress.advance(bar)
+        try:
+            for event in _events(task):
+                if event["event"] == "ready":
+                    version = str(event["version"])
+                    progress.update(bar, description="peers")
+                elif event["event"] == "failed":
+                    failures[event["peer"]] = _without_directories(event["reason"], task)
+                else:
+                    timed[event["peer"]].append(_timed(event))
+                    progress.advance(bar)
+        except CommandFailed as failed:
+            unfinished = [name for name, done in timed.items() if len(done) < len(task.prompts)]
+            failures = dict.fromkeys(unfinished, _without_directories(str(failed), task)) | failures
     expected = [sample.token_ids for sample in samples] if task.temperature == 0 else None
-    return tuple(peer_report(name, version, [t for t in timed if t.peer == name], expected) for name in task.peers)
+    return tuple(peer_report(name, version, timed[name], expected, failures.get(name)) for name in task.peers)
+
+
+def failed_peers(peers: Sequence[str], reason: str) -> tuple[PeerReport, ...]:
+    """Of peers that could not be started."""
+    return tuple(peer_report(name, "", (), None, reason) for name in peers)
 
 
 def peer_report(
-    name: str, version: str, timed: Sequence[Timed], expected: Sequence[tuple[int, ...]] | None
+    name: str,
+    version: str,
+    timed: Sequence[Timed],
+    expected: Sequence[tuple[int, ...]] | None,
+    failure: str | None = None,
 ) -> PeerReport:
     """`expected`: Outrider's output for each prompt, to count the equal ones."""
     num_tokens = sum(len(t.token_ids) for t in timed)
+    num_identical = None
+    if timed and expected is not None:
+        num_identical = sum(t.token_ids == expected[t.prompt] for t in timed)
     decode_ms = sum(t.steps[-1][0] - t.steps[0][0] for t in timed if t.steps) / 1e6
     num_decoded = sum(t.steps[-1][1] - t.steps[0][1] for t in timed if t.steps)
     return PeerReport(
@@ -145,7 +166,8 @@ def peer_report(
         ttft_ms=Percentiles.of(t.steps[0][0] / 1e6 for t in timed if t.steps),
         total_ms=Percentiles.of(t.total_ns / 1e6 for t in timed),
         mean_acceptance_length=ratio(num_tokens, sum(len(t.steps) for t in timed)),
-        num_identical_outputs=sum(t.token_ids == expected[t.prompt] for t in timed) if expected is not None else None,
+        num_identical_outputs=num_identical,
+        failure=failure,
     )
 
 
@@ -172,7 +194,7 @@ def _events(task: Task) -> Iterator[dict[str, Any]]:
                 process.kill()
                 raise
         if process.returncode:
-            raise CommandFailed(f"the peers ended with status {process.returncode}", detail=_last_lines(errors))
+            raise CommandFailed(f"their process ended with status {process.returncode}{_last_line(errors)}")
 
 
 def _exchange(process: subprocess.Popen[str], task: Task) -> Iterator[dict[str, Any]]:
@@ -182,9 +204,18 @@ def _exchange(process: subprocess.Popen[str], task: Task) -> Iterator[dict[str, 
         process.stdin.write(json.dumps(asdict(task)))
         process.stdin.close()
     for line in process.stdout:
-        yield json.loads(line)
+        if line.endswith("\n"):  # else it was killed while writing
+            yield json.loads(line)
 
 
-def _last_lines(errors: IO[str]) -> str:
+def _last_line(errors: IO[str]) -> str:
     errors.seek(0)
-    return "\n".join(f"  peers: {line}" for line in errors.read().splitlines()[-_NUM_SHOWN_LINES:])
+    lines = [line.strip() for line in errors if line.strip()]
+    return f": {lines[-1]}" if lines else ""
+
+
+def _without_directories(reason: str, task: Task) -> str:
+    """A report names models, never where they lie."""
+    for directory in filter(None, (task.target, task.draft)):
+        reason = reason.replace(directory, Path(directory).name)
+    return reason

@@ -101,7 +101,6 @@ def build_report(
     failures = [outcome for block in blocks for outcome in block.outcomes if isinstance(outcome, Failure)]
     modes = {mode: _mode_report(blocks, mode, samples[mode], cpu_ms) for mode in Mode}
     plain, speculative = modes[Mode.PLAIN], modes[Mode.SPECULATIVE]
-    drafted = samples[Mode.SPECULATIVE] or samples[Mode.PLAIN]
     keys = {outcome.key for block in blocks for outcome in block.outcomes}
     speculated = list(samples[Mode.SPECULATIVE].values())
     acceptance = acceptance_of(speculated)
@@ -119,7 +118,7 @@ def build_report(
         num_identical_outputs=num_identical(samples) if plain and speculative else None,
         acceptance=acceptance,
         acceptance_before_repetition=acceptance_before_repetition(speculated),
-        coordinator_overhead_ms=Percentiles.of(ms for s in drafted.values() for ms in s.statistics.overhead_ms),
+        coordinator_overhead_ms=Percentiles.of(ms for s in speculated for ms in s.statistics.overhead_ms),
         categories=category_reports(keys, samples),
         groups=group_reports(keys, samples),
         overall=category_report(keys, samples),

@@ -42,7 +42,7 @@ def print_document(document: Document, console: Console) -> None:
     for grid in grids(document):
         if grid.rows:
             console.print(_table(grid))
-    for line in (*figures(report), *([formula_line(report.formula)] if report.formula else [])):
+    for line in (*figures(report), *([formula_line(report.formula)] if report.formula else []), *document.notes):
         console.print(line, soft_wrap=True)
 
 
@@ -72,19 +72,27 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def figures(report: Report) -> tuple[str, ...]:
     """What has no column, in sentences."""
-    identical = "not compared" if report.num_identical_outputs is None else f"{report.num_identical_outputs}"
     acceptance, overhead = report.acceptance, report.coordinator_overhead_ms
     before = report.acceptance_before_repetition
-    return (
+    compared = (
         f"speed-up {number(report.speedup)} (decode phase {number(report.decode_speedup)})",
-        f"identical outputs {identical} of {report.num_requests}, failed requests {report.failed_requests}",
+        f"identical outputs {identical_of(report.overall)}, failed requests {report.failed_requests}",
+    )
+    if report.speculative is None:
+        return compared
+    return (
+        *compared,
         f"acceptance rate {number(acceptance.acceptance_rate)}, "
         f"mean acceptance length {number(acceptance.mean_acceptance_length)}, "
         f"conditional acceptance {number(acceptance.alpha)}; before outputs repeat themselves "
-        f"({report.overall.num_repeating} of {report.num_requests} do): {number(before.acceptance_rate)}, "
+        f"({report.overall.num_repeating} of {report.speculative.num_requests} do): {number(before.acceptance_rate)}, "
         f"{number(before.mean_acceptance_length)}, {number(before.alpha)}",
         f"coordinator overhead a round: p50 {number(overhead.p50)} ms, p99 {number(overhead.p99)} ms",
     )
+
+
+def identical_of(part: CategoryReport) -> str:
+    return "-" if part.num_identical_outputs is None else f"{part.num_identical_outputs}/{part.num_compared}"
 
 
 def formula_line(formula: FormulaCheck) -> str:
@@ -114,7 +122,9 @@ def mode_grid(report: Report) -> Grid:
         ),
         ("requests", *(str(mode.num_requests) if mode else "-" for mode in modes)),
     ]
-    return Grid("milliseconds are p50 / p99", ("", "plain", "speculative"), tuple(rows))
+    few = any(mode and mode.num_requests < 100 for mode in modes)
+    note = "p99 of fewer than 100 requests is near the slowest" if few else ""
+    return Grid("milliseconds are p50 / p99", ("", "plain", "speculative"), tuple(rows), note)
 
 
 def _percentiles(mode: ModeReport | None, name: str) -> str:
@@ -133,7 +143,7 @@ def category_grid(report: Report) -> Grid:
 
 _CATEGORY_NOTE = (
     "plain, spec: tokens/s. rate: accepted of drafted. len: mean acceptance length; * before an output repeats itself. "
-    "equal: outputs identical with and without speculation"
+    "equal: outputs identical with and without speculation, of those compared"
 )
 
 
@@ -146,7 +156,7 @@ def _category_row(part: CategoryReport) -> tuple[str, ...]:
         number(part.acceptance_rate),
         number(part.mean_acceptance_length),
         number(part.acceptance_before_repetition.mean_acceptance_length),
-        "-" if part.num_identical_outputs is None else str(part.num_identical_outputs),
+        identical_of(part),
     )
 
 
@@ -225,9 +235,15 @@ def peer_grid(peers: tuple[PeerReport, ...], report: Report) -> Grid:
             length = report.limits.tokens_per_round if report.limits and mode is report.speculative else None
             ms, first = number(mode.decode_ms_per_token), number(mode.ttft_ms.p50)
             rows.append((name, number(rate), ms, first, number(length), ""))
-    for peer in peers:
-        identical = "-" if peer.num_identical_outputs is None else f"{peer.num_identical_outputs}/{peer.num_requests}"
-        times = number(peer.tokens_per_s), number(peer.decode_ms_per_token), number(peer.ttft_ms.p50)
-        rows.append((f"{peer.name} ({peer.version})", *times, number(peer.mean_acceptance_length), identical))
+    rows += [_peer_row(peer) for peer in peers]
+    failures = [f"{peer.name} failed: {peer.failure}" for peer in peers if peer.failure]
     note = "ms/token: of the decode phase. TTFT: p50. equal: identical to Outrider's output, token for token"
-    return Grid("peers", header, tuple(rows) if peers else (), note)
+    return Grid("peers", header, tuple(rows) if peers else (), ". ".join((note, *failures)))
+
+
+def _peer_row(peer: PeerReport) -> tuple[str, ...]:
+    if peer.failure:
+        return (peer.name, "failed", "-", "-", "-", "-")
+    identical = "-" if peer.num_identical_outputs is None else f"{peer.num_identical_outputs}/{peer.num_requests}"
+    times = number(peer.tokens_per_s), number(peer.decode_ms_per_token), number(peer.ttft_ms.p50)
+    return (f"{peer.name} ({peer.version})", *times, number(peer.mean_acceptance_length), identical)

@@ -6,9 +6,10 @@ Owns: which there are, and running them, one cluster a drafter. Must not know: w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,17 +90,18 @@ class Where(NamedTuple):
     address: str | None
     spec: ClusterSpec
 
-    def on(self, console: Console, drafter: str, use: Callable[[str, int | None], None]) -> None:
-        """Calls `use` with an address, and the coordinator's process id where it is ours, while the cluster runs."""
+    @contextlib.contextmanager
+    def running(self, console: Console, drafter: str) -> Iterator[tuple[str, int | None]]:
+        """An address, and the coordinator's process id where it is ours, while the cluster runs."""
         if self.address is not None:
-            use(self.address, None)
+            yield self.address, None
             return
         with (
             Stages(console) as stages,
             Cluster(dataclasses.replace(self.spec, drafter=drafter), stages.show) as cluster,
         ):
             stages.stop()
-            use(cluster.address, cluster.pid_of("coordinator"))
+            yield cluster.address, cluster.pid_of("coordinator")
 
 
 def run_cases(
@@ -108,14 +110,10 @@ def run_cases(
     """Runs them in their order. Each has plain decoding of its own in turns, since machines drift."""
     outcomes: list[CaseOutcome] = []
     for drafter, group in itertools.groupby(cases, key=lambda case: case.drafter):
-        of_drafter = tuple(group)
-
-        def use(address: str, pid: int | None, of_drafter: tuple[Case, ...] = of_drafter) -> None:
-            for case in of_drafter:
+        with where.running(console, drafter) as (address, pid):
+            for case in group:
                 case_plan = dataclasses.replace(plan, options=case.options(plan.options))
                 title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
                 run = run_load(address, conversations, case_plan, console, pid, title=title)
                 outcomes.append(CaseOutcome(case, asyncio.run(run)))
-
-        where.on(console, drafter, use)
     return tuple(outcomes)

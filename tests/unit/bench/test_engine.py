@@ -12,10 +12,11 @@ from rich.console import Console
 
 from bench.engine import report
 from bench.engine.__main__ import QUICK, SHAPES, run
+from bench.engine.children import ChildModel, measure, share_cores
 from bench.engine.figures import Figures, Measured, Peer, figures, percentile
 from bench.engine.measure import weight_bytes
 from services.cli.bench.machine import environment
-from services.engine.packed_linear import can_pack, pack_linear_layers
+from services.engine.packed_linear import pack_linear_layers, packed_layer
 from tests.tiny_models import build_model, save_model
 
 MEASURED = Measured(
@@ -24,6 +25,7 @@ MEASURED = Measured(
     bandwidths=[10e9, 15e9, 12e9],
     step_ms={(1, 1): [50.0, 40.0, 90.0], (1, 8): [60.0, 55.0, 70.0]},
     tokens_per_s={1: [20.0, 24.0, 10.0], 16: [160.0, 150.0, 20.0]},
+    burst_tokens_per_s={1: [10.0, 8.0, 12.0], 16: [60.0, 90.0, 65.0]},
     peers=[
         Peer("generate", "bfloat16", [10.0, 9.0, 11.0]),
         Peer("static", "bfloat16", [8.0, 16.0, 8.0]),
@@ -46,7 +48,8 @@ def test_figures_are_ratios_of_medians() -> None:
         plain_vs_transformers=20 / 10,
         plain_vs_transformers_any_dtype=20 / 25,
         rows8_vs_rows1=60 / 50,
-        concurrency16_vs_1=150 / 20,
+        concurrency16_vs_1=65 / 10,
+        steady_concurrency16_vs_1=150 / 20,
         share_of_bandwidth_limit=pytest.approx(20 / 50),
         prefix_hit_ttft_ratio=150 / 1000,
         prefill_interference_p99_ratio=60 / 20,
@@ -70,18 +73,18 @@ def test_a_percentile_is_one_of_the_values(percent: float, expected: float) -> N
 def test_a_packed_models_weights_count_without_the_embedding() -> None:
     module = build_model().to(torch.bfloat16)
     plain = weight_bytes(module)
-    if can_pack(torch.bfloat16, torch.device("cpu")):
-        pack_linear_layers(module)
+    if layer := packed_layer(torch.bfloat16, torch.device("cpu")):
+        pack_linear_layers(module, layer)
     assert weight_bytes(module) == plain
-    assert plain > module.get_output_embeddings().weight.nbytes
+    assert plain > build_model().lm_head.weight.numel() * 2
 
 
 def test_a_tied_head_counts_once_packed_or_not() -> None:
     module = build_model().to(torch.bfloat16)
     module.lm_head.weight = module.model.embed_tokens.weight
     plain = weight_bytes(module)
-    if can_pack(torch.bfloat16, torch.device("cpu")):
-        pack_linear_layers(module)
+    if layer := packed_layer(torch.bfloat16, torch.device("cpu")):
+        pack_linear_layers(module, layer)
     assert weight_bytes(module) == plain
 
 
@@ -102,7 +105,7 @@ def test_a_tiny_run_writes_every_figure_and_the_plot(tmp_path: Path) -> None:
         read_bytes=1 << 16,
     )
     console = Console(quiet=True)
-    measured = run(plan, str(save_model(tmp_path / "model")), "bfloat16", False, console)
+    measured = run(plan, str(save_model(tmp_path / "model")), "bfloat16", console)
     assert set(measured.step_ms) == set(SHAPES)
     report.show(measured, 1, console)
     report.write(measured, environment([]), 1, tmp_path)
@@ -115,3 +118,16 @@ def test_a_tiny_run_writes_every_figure_and_the_plot(tmp_path: Path) -> None:
     ]
     assert found["environment"]["versions"]["torch"]
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_child_that_fails_or_hangs_is_recorded_with_its_reason(tmp_path: Path) -> None:
+    model = ChildModel(tmp_path / "missing", "bfloat16")
+    assert "missing" in measure(model, "compiled", (), 60.0, passive=False)["failed"]
+    assert measure(model, "compiled", (), 0.01, passive=False) == {"failed": "not done within 0 s"}
+
+
+def test_two_processes_share_the_cores(tmp_path: Path) -> None:
+    model = ChildModel(save_model(tmp_path / "model"), "float32")
+    found = share_cores(model, {"target": 3}, 0.05)
+    assert found["target"]["ratio"] == pytest.approx(found["target"]["beside"] / found["target"]["alone"])
+    assert found["target"]["alone"] > 0

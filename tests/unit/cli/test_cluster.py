@@ -57,7 +57,7 @@ def options(flags: list[str]) -> dict[str, str]:
         (target_flags(ClusterSpec(), MODEL, 2), TargetConfig),
         (draft_flags(SIMULATED, None, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1), DraftConfig),
-        (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/b"), DraftConfig),
+        (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/a", "/models/b"), DraftConfig),
         (draft_flags(ClusterSpec(drafter="suffix,staged"), MODEL, 1), DraftConfig),
         (coordinator_flags(SIMULATED, "simulated", "unix:///s", "h:1", "h:2"), CoordinatorConfig),
     ],

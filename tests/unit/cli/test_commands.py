@@ -214,3 +214,13 @@ def test_the_command_never_loads_torch_or_a_service():
     code = f"import sys, services.cli.commands; print([{heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_train_draft_passes_its_options_on_and_names_what_is_wrong():
+    command = [sys.executable, "-m", "services.cli.main", "train-draft"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    assert "--self-play-tokens" in shown.stdout
+    refused = subprocess.run([*command, "--out", "x", "--layers", "1,0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "train-draft: layers: '1,0' are not distinct and rising\n"

@@ -8,7 +8,8 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from rich.console import Console
 
-from services.cli.bench.distribution import draw_and_compare, verdict
+from services.cli.bench.distribution import DistributionCheck, draw_and_compare, verdict
+from services.cli.bench.homogeneity import compare
 from services.cli.bench.load import LoadPlan
 from services.cli.prompts import Conversation
 from services.client import GenerateOptions
@@ -31,10 +32,11 @@ async def lossy(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateRespons
 async def test_speculation_that_changes_the_distribution_is_found():
     fake = FakeCoordinator(lossy)
     async with serving(fake) as address:
-        report = await draw_and_compare(address, PROMPT, PLAN, 60, Console(quiet=True))
-    assert (report.num_plain, report.num_speculative) == (60, 60)
-    assert not report.equal
-    assert "DIFFER" in verdict(report)
+        check = await draw_and_compare(address, PROMPT, PLAN, 60, Console(quiet=True))
+    assert (check.report.num_plain, check.report.num_speculative) == (60, 60)
+    assert (check.num_draft_tokens, check.num_accepted_tokens) == (4 * 60, 3 * 60)
+    assert not check.passed
+    assert "DIFFER" in verdict(check)
     seeds = [request.sampling.seed for request in fake.requests]
     assert sorted(seeds) == list(range(100, 220))
 
@@ -44,3 +46,10 @@ async def test_a_failing_request_is_raised():
     async with serving(FakeCoordinator(refused)) as address:
         with pytest.raises(InvalidArgument):
             await draw_and_compare(address, PROMPT, PLAN, 20, Console(quiet=True))
+
+
+def test_a_check_that_saw_no_draft_token_does_not_pass():
+    same = compare([(1,), (2,)] * 20, [(1,), (2,)] * 20)
+    assert DistributionCheck(same, 10, 0).passed
+    assert not DistributionCheck(same, 0, 0).passed
+    assert "NOTHING WAS DRAFTED" in verdict(DistributionCheck(same, 0, 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.cli.bench import page
 from services.cli.bench.document import Document, as_object
-from services.cli.bench.peers import PeerReport
+from services.cli.bench.peers import PeerReport, failed_peers
 from services.cli.bench.report import Percentiles
 from services.cli.bench.show import grids, number
 from tests.unit.cli.bench_samples import a_round, both, case_report, document
@@ -113,3 +113,17 @@ def test_json_holds_every_case_peer_and_request():
 def test_the_template_is_packaged():
     settings = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert '"services.cli.bench" = ["page.html"]' in settings
+
+
+def test_a_failed_peer_stands_in_page_table_and_json():
+    peers = (*a_document().peers, *failed_peers(("prompt-lookup",), "ValueError: <no> such thing"))
+    whole = document(case_report(BLOCKS), peers=peers, notes=("compare latencies",))
+    parser = parsed(page.render(whole))
+    text = "".join(parser.text)
+    assert "prompt-lookup failed: ValueError: <no> such thing" in text
+    assert "compare latencies" in text
+    *_, grid = grids(whole)
+    assert grid.rows[-1] == ("prompt-lookup", "failed", "-", "-", "-", "-")
+    fields = as_object(whole)
+    assert [peer["failure"] for peer in fields["peers"]] == [None, "ValueError: <no> such thing"]
+    assert fields["notes"] == ["compare latencies"]

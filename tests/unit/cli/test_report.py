@@ -14,6 +14,7 @@ from services.cli.bench.load import Block
 from services.cli.bench.machine import environment
 from services.cli.bench.report import FormulaTerms, Percentiles, build_report
 from services.cli.bench.sample import Failure, Key, Mode, Sample
+from services.cli.bench.show import figures
 from services.cli.bench.sweep import Case
 from services.client import Round, Statistics
 from services.common.errors import Unavailable
@@ -82,7 +83,15 @@ def test_failures_are_counted_by_reason_and_not_compared():
     failure = Failure(Key(1, 0, "qa"), Mode.PLAIN, Unavailable("NO_TARGET", "no target"))
     report = build_report([*run(), Block(Mode.PLAIN, (failure,), MS)])
     assert (report.num_requests, report.failed_requests, report.failures) == (2, 1, {"NO_TARGET": 1})
-    assert report.num_identical_outputs == 1
+    assert (report.num_identical_outputs, report.overall.num_compared) == (1, 1)
+    assert "identical outputs 1/1, failed requests 1" in figures(report)
+
+
+def test_a_categorys_speedup_is_of_rates_where_outputs_differ_in_length():
+    plain = sample(0, Mode.PLAIN, ((100, 1), (200, 1)))
+    speculative = sample(0, Mode.SPECULATIVE, ((100, 1), (200, 3)))
+    report = build_report([Block(Mode.PLAIN, (plain,), 200 * MS), Block(Mode.SPECULATIVE, (speculative,), 200 * MS)])
+    assert report.speedup == report.categories["qa"].speedup == 2.0
 
 
 def test_cpu_time_is_divided_by_rounds():
@@ -135,7 +144,9 @@ def test_cost_is_measured_where_it_is_not_given():
 
 def test_json_has_the_promised_fields():
     case = CaseReport(Case("ngram", 4, 0.0, VerificationMethod.COUPLED), build_report(run()), ())
-    document = Document((case,), {}, environment(["bench", "--prompts", "/a/b/c.jsonl"]))
+    document = Document(
+        (case,), {}, environment(["bench", "--prompts", "/a/b/c.jsonl", "--json=/a/d.json", "--seed=1"])
+    )
     fields = json.loads(json.dumps(as_object(document)))
     for mode in ("plain", "speculative"):
         assert isinstance(fields[mode]["tokens_per_s"], float)
@@ -143,7 +154,7 @@ def test_json_has_the_promised_fields():
             assert set(fields[mode][latency]) == {"p50", "p99"}
     names = "num_requests failed_requests speedup acceptance_rate mean_acceptance_length acceptance_rate_per_position"
     assert set(names.split()) | {"num_identical_outputs", "coordinator_overhead_ms"} <= fields.keys()
-    assert fields["environment"]["command"] == "outrider bench --prompts c.jsonl"
+    assert fields["environment"]["command"] == "outrider bench --prompts c.jsonl --json=d.json --seed=1"
 
 
 @settings(deadline=None, max_examples=50)

@@ -18,7 +18,7 @@ def away(gap_ms: float, since_ms: float = 0.0, *, deviation_ms: float = 0.0) -> 
     return Rhythm(5, 2.5, round(since_ms * MS), gap_ms * MS, deviation_ms * MS)
 
 
-READY = Ready(num_rows=5, num_tokens=2.5)
+READY = Ready(num_sequences=1, num_rows=5, num_tokens=2.5)
 
 
 def test_step_is_held_for_who_is_due_within_it() -> None:
@@ -36,6 +36,25 @@ def test_nobody_away_means_no_hold() -> None:
 def test_nobody_is_waited_for_who_stays_away_longer_than_a_step() -> None:
     assert policy().hold_ns(MS, READY, [away(25)]) == 0
     assert policy().hold_ns(24 * MS, READY, [away(25)]) == 0
+
+
+def test_groups_are_gathered_until_they_fit_into_a_gap() -> None:
+    """A gap of 30 ms and a step of 20 ms have room for two steps a cycle: a step of 3 among 8 waits for a fourth."""
+    three = Ready(num_sequences=3, num_rows=15, num_tokens=7.5)
+    others = [away(30, since_ms=left_ms) for left_ms in (-18, -14, 2, 6, 8)]
+    assert policy().hold_ns(0, three, others) == 15.75 * MS
+    four = Ready(num_sequences=4, num_rows=20, num_tokens=10)
+    assert policy().hold_ns(0, four, others[1:]) == 0
+
+
+def test_who_cannot_be_back_within_a_step_is_not_waited_for() -> None:
+    three = Ready(num_sequences=3, num_rows=15, num_tokens=7.5)
+    assert policy().hold_ns(0, three, [away(30, since_ms=left_ms) for left_ms in (-8, -4, 2, 6, 8)]) == 0
+
+
+def test_plain_decoding_is_not_held_for_groups_to_gather() -> None:
+    mixed = Ready(num_sequences=3, num_rows=15, num_tokens=7.5, num_plain=1)
+    assert policy().hold_ns(0, mixed, [away(30, since_ms=left_ms) for left_ms in (-18, -14, 2, 6, 8)]) == 0
 
 
 def test_nobody_is_waited_for_who_was_never_seen_to_come_back() -> None:
@@ -59,7 +78,7 @@ def test_who_is_overdue_does_not_count_for_a_hold() -> None:
 def test_hold_ends_at_its_bound_whoever_leaves_meanwhile() -> None:
     held = policy(max_hold_ms=3)
     assert held.hold_ns(0, READY, [away(2.5)]) == 2.8125 * MS
-    assert held.hold_ns(2 * MS, READY, [away(2.5, since_ms=2)]) == 1 * MS
+    assert held.hold_ns(2 * MS, READY, [away(0.9, since_ms=2)]) == 1 * MS
     assert held.hold_ns(3 * MS, READY, [away(2.5, since_ms=3)]) == 0
     held.stepped()
     assert held.hold_ns(4 * MS, READY, [away(2.5, since_ms=4)]) > 0

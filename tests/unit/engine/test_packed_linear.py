@@ -1,4 +1,4 @@
-"""Packed linear layers give the plain ones' results in bfloat16 and take their place; float32 is left alone."""
+"""Packed linear layers give the plain ones' results and take their place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,25 @@ import transformers
 
 from services.common.errors import ModelUnsupported
 from services.engine.memory import module_bytes
-from services.engine.packed_linear import PackedLinear, can_pack, pack_linear_layers
+from services.engine.packed_linear import HalfLinear, PackedLinear, pack_linear_layers, packed_layer
 from services.engine.paged_model import EngineOptions, PagedEngine, load_engine, spec_of
 from services.engine.progress import Reporter
 from services.engine.self_check import TOLERANCE
 from tests.tiny_models import SUPPORTED_FAMILIES, build_model, save_model
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="this processor packs no bfloat16 weights")
+LAYER = packed_layer(torch.bfloat16, CPU)
+pytestmark = pytest.mark.skipif(LAYER is None, reason="this build of torch packs no weights")
+KINDS = [
+    pytest.param(
+        PackedLinear,
+        torch.bfloat16,
+        marks=pytest.mark.skipif(LAYER is not PackedLinear, reason="this processor has no bfloat16 products"),
+    ),
+    (PackedLinear, torch.float32),
+    (HalfLinear, torch.float32),
+]
+"""Layers, and what goes into them and comes out."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +43,7 @@ def linear_types(module: torch.nn.Module) -> set[type]:
         torch.nn.Linear,
         transformers.pytorch_utils.Conv1D,
         PackedLinear,
+        HalfLinear,
     }
 
 
@@ -41,20 +53,43 @@ def load(directory: Path, dtype: str) -> PagedEngine:
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 17])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_equals_the_plain_one(num_rows: int, bias: bool) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_a_packed_layer_equals_the_plain_one(kind: type, dtype: torch.dtype, bias: bool, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(1)
     layer = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
-    x = torch.randn(1, num_rows, 48, generator=generator).bfloat16()
+    x = torch.randn(1, num_rows, 48, generator=generator).to(dtype)
+    layer = layer.to(dtype) if kind is PackedLinear else layer
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), atol=1e-2, rtol=1e-2)
+        found = kind(layer.weight, layer.bias)(x)
+        assert found.dtype == dtype
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, layer.to(dtype)(x), atol=tolerance, rtol=tolerance)
 
 
-def test_a_packed_layer_takes_inputs_that_are_not_contiguous() -> None:
-    layer = torch.nn.Linear(48, 40, dtype=torch.bfloat16)
-    packed = PackedLinear(layer.weight, layer.bias)
-    x = torch.randn(2, 6, 96).bfloat16().transpose(0, 1)[::2, :, ::2]
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_a_packed_layer_takes_inputs_that_are_not_contiguous(kind: type, dtype: torch.dtype) -> None:
+    layer = torch.nn.Linear(48, 40, dtype=dtype if kind is PackedLinear else torch.bfloat16)
+    packed = kind(layer.weight, layer.bias)
+    x = torch.randn(2, 6, 96).to(dtype).transpose(0, 1)[::2, :, ::2]
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), layer(x), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(packed(x), layer.to(dtype)(x), atol=1e-2, rtol=1e-2)
+
+
+def test_a_bfloat16_weight_survives_half_precision_down_to_its_smallest_normal() -> None:
+    weight = torch.tensor([[2.0**-14 * 1.984375, 1.0078125, -60000.0, 2.0**-20, 1e-30]]).bfloat16()
+    with torch.inference_mode():
+        found = HalfLinear(weight, None)(torch.eye(5))
+    torch.testing.assert_close(found[:3, 0], weight[0, :3].float(), atol=0, rtol=0)
+    assert (found[3:, 0] - weight[0, 3:].float()).abs().max() <= 2.0**-25
+
+
+@pytest.mark.parametrize("value", [65536.0, float("inf"), float("nan")])
+def test_a_weight_beyond_half_precision_stays(value: float) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4, dtype=torch.bfloat16))
+    with torch.no_grad():
+        module[0].weight[1, 2] = value
+    assert pack_linear_layers(module, HalfLinear) == 0
+    assert type(module[0]) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
@@ -63,28 +98,30 @@ def test_every_linear_layer_of_a_family_is_packed_and_its_logits_stay(family: st
     tokens = torch.arange(5, 65).unsqueeze(0)
     with torch.inference_mode():
         expected = module(input_ids=tokens).logits.float()
-        assert pack_linear_layers(module) > 0
-        found = module(input_ids=tokens).logits.float()
-    assert linear_types(module) == {PackedLinear}
+        assert pack_linear_layers(module, LAYER) > 0
+        found = (module.float() if LAYER is HalfLinear else module)(input_ids=tokens).logits.float()
+    assert linear_types(module) == {LAYER}
     assert (found - expected).abs().max() <= TOLERANCE[torch.bfloat16] * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_a_packed_family_passes_the_check_at_load(tmp_path: Path, family: str) -> None:
     engine = load(save_model(tmp_path, family), "bfloat16")
-    assert linear_types(engine.runner.model.module) == {PackedLinear}
+    assert linear_types(engine.runner.model.module) == {LAYER}
 
 
 def test_the_check_at_load_sees_the_packed_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = PackedLinear.forward
-    # Wrong where a step has more tokens than one sequence has, which only the paged side does.
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 if x.shape[1] in (60, 24) else 2))
+    plain = LAYER.forward
+    monkeypatch.setattr(LAYER, "forward", lambda self, x: plain(self, x) * 1.5)
     with pytest.raises(ModelUnsupported, match="differs from its own attention"):
         load(save_model(tmp_path), "bfloat16")
 
 
-def test_float32_keeps_its_modules(tmp_path: Path) -> None:
-    assert linear_types(load(save_model(tmp_path), "float32").runner.model.module) == {torch.nn.Linear}
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_float32_is_packed_and_passes_the_check_at_load(tmp_path: Path, family: str) -> None:
+    engine = load(save_model(tmp_path, family), "float32")
+    assert linear_types(engine.runner.model.module) == {PackedLinear}
+    assert engine.self_check_difference < 1e-5
 
 
 @pytest.mark.parametrize(("options", "packs"), [({}, True), ({"compile": True}, False), ({"num_ranks": 2}, False)])
@@ -96,7 +133,7 @@ def test_packing_takes_no_more_memory_than_the_plain_weights() -> None:
     module = build_model().to(torch.bfloat16)
     before = module_bytes(module)
     weights = [weakref.ref(part.weight) for part in module.modules() if isinstance(part, torch.nn.Linear)]
-    pack_linear_layers(module)
+    pack_linear_layers(module, LAYER)
     gc.collect()
     assert module_bytes(module) == before
     assert not any(weight() is not None for weight in weights)
@@ -105,14 +142,14 @@ def test_packing_takes_no_more_memory_than_the_plain_weights() -> None:
 def test_each_plain_weight_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build_model().to(torch.bfloat16)
     weights = [weakref.ref(part.weight) for part in module.modules() if isinstance(part, torch.nn.Linear)]
-    packed, alive = PackedLinear.__init__, []
+    packed, alive = LAYER.__init__, []
 
-    def counting(self: PackedLinear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def counting(self: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         packed(self, weight, bias)
         alive.append(sum(weight() is not None for weight in weights))
 
-    monkeypatch.setattr(PackedLinear, "__init__", counting)
-    pack_linear_layers(module)
+    monkeypatch.setattr(LAYER, "__init__", counting)
+    pack_linear_layers(module, LAYER)
     assert alive == list(range(len(weights), 0, -1))
 
 
@@ -120,8 +157,8 @@ def test_an_embedding_tied_to_a_packed_head_still_looks_up_its_rows() -> None:
     module = build_model().to(torch.bfloat16)
     module.lm_head.weight = module.model.embed_tokens.weight
     rows = module.model.embed_tokens.weight.clone()
-    pack_linear_layers(module)
-    assert isinstance(module.lm_head, PackedLinear)
+    pack_linear_layers(module, LAYER)
+    assert isinstance(module.lm_head, LAYER)
     assert torch.equal(module.model.embed_tokens(torch.arange(320)), rows)
 
 
@@ -131,14 +168,13 @@ def test_a_subclass_with_a_forward_of_its_own_stays() -> None:
             return 2 * super().forward(x)
 
     module = torch.nn.Sequential(Doubled(8, 8, dtype=torch.bfloat16))
-    assert pack_linear_layers(module) == 0
+    assert pack_linear_layers(module, LAYER) == 0
     assert type(module[0]) is Doubled
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
-    assert not can_pack(dtype, CPU)
+def test_other_dtypes_are_not_packed() -> None:
+    assert packed_layer(torch.float16, CPU) is None
 
 
 def test_other_devices_are_not_packed() -> None:
-    assert not can_pack(torch.bfloat16, torch.device("cuda"))
+    assert packed_layer(torch.bfloat16, torch.device("cuda")) is None

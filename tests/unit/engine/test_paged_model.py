@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from services.common.config import cache_dir
-from services.common.errors import ConfigError, ModelUnsupported
-from services.common.items import Identity, Open
+from services.common.errors import ConfigError, Internal, ModelUnsupported
+from services.common.items import Identity, Open, Refused
 from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.engine.block_manager import BlockManager
 from services.engine.paged_model import (
@@ -27,7 +27,9 @@ from services.engine.sampler import Sampler
 from services.engine.sequence import Sequence
 from services.engine.step import Sampled, Verdict, Work
 from services.engine.verifier import Verifier
+from services.target.core import TargetCore
 from tests.tiny_models import save_model
+from tests.unit.item_builders import decode, open_item
 
 QUIET = Reporter(quiet=True)
 
@@ -171,3 +173,53 @@ def test_the_sample_model_decodes_as_generate_does() -> None:
     ]
     expected = [generated_tokens(directory, prompt, 16) for prompt in prompts]
     assert greedy_tokens(engine, prompts, 16) == expected
+
+
+def test_a_sequence_without_finite_logits_ends_alone_and_leaves_no_trace(tmp_path: Path) -> None:
+    """Its prompt has a token whose embedding is not a number. Others go on, one of them in its blocks."""
+    bad, engine = 7, load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    with torch.inference_mode():
+        engine.runner.model.module.get_input_embeddings().weight[bad] = torch.nan
+    results: dict[str, list[object]] = {}
+
+    def core_of() -> TargetCore:
+        blocks = BlockManager(engine.num_blocks, engine.block_size)
+        model = PagedTargetModel(engine, Verifier())
+        return TargetCore(model, blocks, max_sequences=8, max_sequence_len=100, max_draft_tokens=4)
+
+    def run(core: TargetCore, **prompts: tuple[int, ...]) -> None:
+        for name, prompt in prompts.items():
+            core.handle(1, [open_item(name, prompt, max_new_tokens=6), decode(name, len(prompt), 6)])
+        while core.has_work:
+            for _, result in core.step():
+                results.setdefault(result.identity.session_id, []).append(result)
+            core.check_integrity()
+
+    def tokens(name: str) -> list[int]:
+        return [token for result in results[name] for token in result.token_ids]
+
+    run(core_of(), alone=(5, 6, 8))
+    core = core_of()
+    run(core, other=(5, 6, 8), broken=(5, bad, *range(10, 50)))
+    assert tokens("other") == tokens("alone")
+    (refused,) = results["broken"]
+    assert isinstance(refused, Refused)
+    assert "not finite" in str(refused.error)
+    run(core, **{f"later{n}": (5, 6, 8) for n in range(4)})
+    assert all(tokens(f"later{n}") == tokens("alone") for n in range(4))
+    assert engine.runner.pool.is_finite(range(engine.num_blocks))
+
+
+def test_a_fault_in_blocks_that_others_read_ends_them_all(tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    blocks, model = BlockManager(8, engine.block_size), PagedTargetModel(engine, Verifier())
+    sequence = open_sequence(list(range(1, 40)))
+    blocks.extend(sequence, 39)
+    model.step([Work(sequence, 32)])
+    sequence.num_cached = 32
+    blocks.share(sequence)
+    assert sequence.num_shared_blocks == 2
+    engine.runner.pool.layer(0)[0][sequence.block_table[0], 3] = torch.nan
+    with pytest.raises(Internal, match="not finite"):
+        model.step([Work(sequence, 7, None, 1)])
+    assert engine.runner.pool.is_finite(range(engine.num_blocks))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from services.engine import peers
-from services.engine.peers import ASSISTED, PROMPT_LOOKUP, TRANSFORMERS, Peers, Task
+from services.engine.peers import ASSISTED, PROMPT_LOOKUP, TRANSFORMERS, Failed, Peers, Ready, Task, Timed
 from tests.tiny_models import save_model
 
 
@@ -59,3 +59,26 @@ def test_the_process_speaks_json_lines(task, monkeypatch, capsys):
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events] == ["ready"] + ["timed"] * 6
     assert {(event["peer"], event["prompt"]) for event in events[1:]} == {(p, i) for p in task.peers for i in (0, 1)}
+
+
+def test_a_peer_that_fails_leaves_the_others_running(task, tmp_path):
+    broken = replace(task, draft=str(tmp_path))
+    failed, ready, *timed = peers.events(Peers(broken), broken)
+    assert isinstance(failed, Failed)
+    assert failed.peer == ASSISTED
+    assert failed.reason.startswith(("OSError: ", "ValueError: "))
+    assert "\n" not in failed.reason
+    assert isinstance(ready, Ready)
+    assert [(event.peer, event.prompt) for event in timed if isinstance(event, Timed)] == [
+        (TRANSFORMERS, 0),
+        (PROMPT_LOOKUP, 0),
+        (PROMPT_LOOKUP, 1),
+        (TRANSFORMERS, 1),
+    ]
+
+
+def test_a_peer_that_fails_on_the_way_is_not_asked_again(task):
+    prompts = (task.prompts[0], (10**6,), task.prompts[1])  # the second is not in the vocabulary
+    broken = replace(task, peers=(TRANSFORMERS,), prompts=prompts)
+    events = list(peers.events(Peers(broken), broken))
+    assert [event.event for event in events] == ["ready", "timed", "failed"]

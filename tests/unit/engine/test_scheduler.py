@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.common.values import Proposal
 from services.engine.block_manager import BlockManager
-from services.engine.scheduler import MIN_PREFILL_BUDGET, Demand, Scheduler
+from services.engine.scheduler import MIN_PREFILL_BUDGET, NUM_YOUNG_TOKENS, Demand, Scheduler
 from services.engine.sequence import Sequence
 from services.engine.step import Work
 from services.engine.step_times import StepTimes
@@ -210,3 +210,20 @@ def test_prefill_goes_on_beside_rows_however_much_it_costs() -> None:
     prefilling, running = sequence_of(blocks, 1000), sequence_of(blocks, 9, num_cached=8)
     works = Scheduler(blocks, 512, times).plan([decoding(prefilling), decoding(running)])
     assert shape(works) == [(1, 1), (MIN_PREFILL_BUDGET, 0)]
+
+
+def test_prompts_that_come_beside_young_sequences_are_prefilled_whole() -> None:
+    blocks, times = BlockManager(400, 4), StepTimes()
+    times.observe(3, 0, 20_000)
+    times.observe(3, 100, 40_000)
+    young, grown = (sequence_of(blocks, n, num_cached=n - 1) for n in (9, 9 + NUM_YOUNG_TOKENS))
+    young.prompt_len = grown.prompt_len = 9
+    prompts = [decoding(sequence_of(blocks, n)) for n in (1000, 200, 100)]
+    scheduler = Scheduler(blocks, 400, times)
+    long, *rest = scheduler.plan([decoding(young), *prompts])[1:]
+    assert long.num_new_tokens < 100
+    assert shape(rest) == [(200, 1), (100, 1)]
+    for work in (long, *rest):
+        blocks.free(work.sequence)
+    beside_grown = scheduler.plan([decoding(young), decoding(grown), *prompts])
+    assert sum(work.num_new_tokens for work in beside_grown) < 100

@@ -207,11 +207,17 @@ def test_log_probs_are_of_the_raw_logits_whatever_the_processing():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_refused_by_name(value):
-    logits = MODEL.table[:3].clone()
-    logits[2, 5] = value
-    with pytest.raises(Internal, match="not finite: session session"):
-        Verifier().verify([work(sequence([0])), work(sequence([1]), (2,))], logits)
+@pytest.mark.parametrize("method", VerificationMethod)
+def test_logits_that_are_not_finite_are_an_error_of_their_sequence_alone(value, method):
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=3)
+    batch = [work(sequence([n], sampling, method), (2, 5)) for n in range(3)]
+    logits = MODEL.logits(batch)
+    expected = Verifier().verify(batch, logits)
+    logits[4, 5] = value
+    first, error, last = Verifier().verify(batch, logits)
+    assert [first, last] == [expected[0], expected[2]]
+    assert isinstance(error, Internal)
+    assert "not finite: session session" in str(error)
 
 
 def test_a_wrong_number_of_rows_is_refused():

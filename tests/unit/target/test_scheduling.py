@@ -38,6 +38,13 @@ def test_staggered_sequences_reach_the_rate_of_lockstep_by_the_hold_only(jitter:
     assert rate(staggered(16, GAP_S, jitter=jitter), holds=False) <= 0.7 * best
 
 
+@pytest.mark.parametrize("num", [4, 16])
+@pytest.mark.parametrize("gap_ms", [25, 30, 45, 70])
+def test_staggered_sequences_reach_the_rate_of_lockstep_with_gaps_longer_than_a_step(num: int, gap_ms: int) -> None:
+    best = rate(lockstep(num, gap_ms / 1e3), holds=False)
+    assert rate(staggered(num, gap_ms / 1e3, jitter=0.1, stagger_s=0.0137)) >= 0.9 * best
+
+
 @pytest.mark.parametrize("gap_ms", [1, 4, 12, 18, 30])
 @pytest.mark.parametrize("num", [2, 4])
 def test_hold_is_never_worse_than_none(num: int, gap_ms: int) -> None:
@@ -117,6 +124,18 @@ def test_long_prefill_at_most_doubles_the_others_latency(
         beside.run(beside.time.now_s + 0.1)
         assert beside.time.now_s < 30.0
     assert p99_ms(beside, 1.0, long.arrivals_s[0]) <= 2.0 * p99_ms(alone, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_prompts_that_come_together_are_answered_together(together: bool) -> None:
+    """16 prompts of 40 tokens take 160 ms of prefill; nobody's first token comes long after that."""
+    clients = [
+        Client(str(n), tuple((n + index) % 250 for index in range(40)), n * (0.0 if together else 0.011), None)
+        for n in range(16)
+    ]
+    simulation = Simulation(clients, step_ms=STEP_MS, prefill_token_ms=0.25)
+    simulation.run(1.0)
+    assert max(client.arrivals_s[0] - client.starts_s for client in clients) < 0.16 + 3 * STEP_MS / 1e3
 
 
 def test_everybody_is_served_under_sustained_load() -> None:

@@ -1,0 +1,31 @@
+"""Makes a loaded model fast on a CPU.
+
+Owns: the order of it, and the type that steps are computed in afterwards. Must not know: the pool, steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from services.engine.fused import fuse
+from services.engine.models import CausalModel
+from services.engine.packed_linear import HalfLinear, pack_linear_layers, packed_layer
+
+
+def pack(model: CausalModel) -> CausalModel:
+    """Replaces parts of a model on a CPU in place. Other devices' models stay.
+
+    Where bfloat16 weights are multiplied in float32, so is everything else computed, and keys and values are kept so.
+    """
+    if model.device.type != "cpu":
+        return model
+    fuse(model)
+    layer = packed_layer(model.dtype, model.device)
+    if layer is None:
+        return model
+    pack_linear_layers(model.module, layer)
+    if layer is not HalfLinear:
+        return model
+    return replace(model, module=model.module.float(), dtype=torch.float32)
