@@ -79,7 +79,7 @@ async def test_a_client_that_does_not_read_is_aborted_and_may_resume(start_clust
             call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Generate(pb.GenerateRequest(**request))
             await call.read()
             coordinator, engine = cluster.coordinator.coordinator, cluster.target.engine
-            assert await wait_until(lambda: coordinator.num_running == 0 and engine.load.num_sequences == 0, 20)
+            assert await wait_until(lambda: coordinator.num_running == 0 and engine.load.num_sequences == 0, 60)
             session = await cluster.stub.GetSession(pb.GetSessionRequest(session_id=request["session_id"]))
             assert len(session.token_ids) < 30_000
             with pytest.raises(Aborted) as caught:
