@@ -213,6 +213,7 @@ def draft_flags(
 def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str, draft: str) -> list[str]:
     flags = ["--host", _HOST, "--port", str(spec.coordinator_port), "--redis-url", redis]
     flags += ["--targets", target, "--drafts", draft, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    flags += ["--metrics-port", "0"]
     if spec.num_draft_tokens is not None:
         flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
     return flags
@@ -220,6 +221,7 @@ def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str
 
 def _worker_flags(spec: ClusterSpec, port: int, model: PreparedModel | None, threads: int) -> list[str]:
     flags = ["--host", _HOST, "--port", str(port), "--dtype", spec.dtype, "--device", spec.device]
+    flags += ["--metrics-port", "0"]
     flags += ["--threads", str(threads), "--max-sequences", str(spec.max_sequences), "--drain-s", _DRAIN_S]
     return [*flags, "--model", model.directory, "--model-name", model.name] if model else flags
 

@@ -6,6 +6,7 @@ Must not know: gRPC calls, the engine, what an item causes. Malformed fields rai
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from services.common.values import (
     SparseRow,
     TopLogProbs,
     VerificationMethod,
+    WorkerActivity,
     WorkerInfo,
     WorkerLoad,
 )
@@ -35,6 +37,10 @@ _METHODS_BACK = {number: method for method, number in _METHODS.items()}
 _METHODS_BACK[sampling_pb2.VERIFICATION_METHOD_UNSPECIFIED] = VerificationMethod.COUPLED
 _ROLES = {"draft": worker_pb2.WORKER_ROLE_DRAFT, "target": worker_pb2.WORKER_ROLE_TARGET}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
+
+
+def role_to_proto(role: str) -> worker_pb2.WorkerRole.ValueType:
+    return _ROLES[role]
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -188,6 +194,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         max_sequence_len=info.max_sequence_len,
         load=load_to_proto(info.load),
         startup_ms=info.startup_ms,
+        activity=worker_pb2.WorkerActivity(**dataclasses.asdict(info.activity)),
     )
     if model := info.model:
         response.model.CopyFrom(
@@ -219,7 +226,12 @@ def info_from_proto(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         protocol_version=message.protocol_version,
         noise_version=message.noise_version,
         startup_ms=message.startup_ms,
+        activity=activity_from_proto(message.activity),
     )
+
+
+def activity_from_proto(message: worker_pb2.WorkerActivity) -> WorkerActivity:
+    return WorkerActivity(**{field.name: getattr(message, field.name) for field in dataclasses.fields(WorkerActivity)})
 
 
 def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:

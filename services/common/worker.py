@@ -18,7 +18,7 @@ from outrider.v1 import worker_pb2
 from services.common import wire
 from services.common.errors import OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, Decode, Open, Propose, Refused, Tokens, Verify
-from services.common.values import WorkerInfo, WorkerLoad
+from services.common.values import WorkerActivity, WorkerInfo, WorkerLoad
 
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
@@ -56,6 +56,7 @@ class Worker:
 
     engine: Engine
     info: WorkerInfo
+    activity: Callable[[], WorkerActivity] = WorkerActivity
 
 
 class WorkerState:
@@ -84,7 +85,8 @@ class WorkerServicer:
         self, request: worker_pb2.GetWorkerInfoRequest, context: object
     ) -> worker_pb2.GetWorkerInfoResponse:
         worker = self._state.get()
-        return wire.info_to_proto(dataclasses.replace(worker.info, load=worker.engine.load))
+        described = dataclasses.replace(worker.info, load=worker.engine.load, activity=worker.activity())
+        return wire.info_to_proto(described)
 
 
 class ItemStream(Generic[Request, Response, Item]):

@@ -26,6 +26,7 @@ from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.tally import CoordinatorTally, Kind
 from services.coordinator.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,10 @@ class Coordinator:
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        tally: CoordinatorTally,
     ) -> None:
         self._config = config
+        self._tally = tally
         self._tokenizer = tokenizer
         self._placement = placement
         self._store = store
@@ -94,6 +97,20 @@ class Coordinator:
     def num_running(self) -> int:
         """Generations that run here."""
         return len(self._running)
+
+    @property
+    def num_streaming(self) -> int:
+        """Those of them that have emitted a token. Safe from any thread, as are the next two."""
+        return sum(running.generation.has_emitted for running in list(self._running.values()))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are being opened, and generations without a token."""
+        return len(self._opening) + len(self._running) - self.num_streaming
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new generations; returns whether those that run finished within `timeout_s`."""
@@ -219,6 +236,7 @@ class Coordinator:
                 num_replaced_tokens=opened.num_replaced_tokens,
                 draft=placed.pool.name if placed.pool else "",
                 draft_counts=placed.pool.counts if placed.pool else None,
+                tally=self._tally.of(Kind(request.model, placed.pool.name if placed.pool else "")),
             ),
             timeouts=Timeouts(
                 self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s

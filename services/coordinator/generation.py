@@ -89,7 +89,13 @@ class Generation:
         self._task: asyncio.Task[None] | None = None
         journal.on_failure = self._abandon
 
+    @property
+    def has_emitted(self) -> bool:
+        """Whether a token has gone out."""
+        return self._statistics.has_emitted
+
     def start(self) -> asyncio.Task[None]:
+        self._statistics.started(self._plan.prompt_len)
         self._task = asyncio.create_task(self._run())
         return self._task
 
@@ -117,7 +123,7 @@ class Generation:
             else:
                 await self._loop()
             await self._journal.drain()
-            self._output.end(self._finish or FinishReason.CLOSED, self._snapshot())
+            self._end(self._finish or FinishReason.CLOSED)
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
@@ -137,7 +143,11 @@ class Generation:
         if self._stop_error is not None:
             self._output.fail(self._stop_error)
         else:
-            self._output.end(FinishReason.CLOSED, self._snapshot())
+            self._end(FinishReason.CLOSED)
+
+    def _end(self, finish: FinishReason) -> None:
+        self._statistics.finished(finish)
+        self._output.end(finish, self._snapshot())
 
     async def _loop(self) -> None:
         self._draft.open()
@@ -219,7 +229,7 @@ class Generation:
         await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
-        self._statistics.first_token()
+        self._statistics.emitted(len(kept.token_ids))
         self._output.put(kept, self._journal.durable_len - self._plan.prompt_len)
 
     async def _pause_for_slow_client(self) -> None:

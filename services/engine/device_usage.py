@@ -1,0 +1,43 @@
+"""How much of its device a worker uses: memory and utilisation.
+
+Owns: asking the system, or torch and through it the driver. Must not know: who wants to know, metrics. Safe from any
+thread: nothing here waits for the device's work. torch is loaded for CUDA only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from services.common.values import DeviceUsage
+
+_STATM = Path("/proc/self/statm")
+
+
+def device_usage_of(device: str) -> Callable[[], DeviceUsage]:
+    """What asks for the usage of a device, named as in the configuration."""
+    return cuda_usage if device.startswith("cuda") else host_usage
+
+
+def host_usage(statm: Path = _STATM) -> DeviceUsage:
+    """Memory of this process, and of the machine. Zeros on a system that does not tell."""
+    try:
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        num_resident_pages = int(statm.read_text().split()[1])
+        return DeviceUsage(num_resident_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
+    except (OSError, ValueError, IndexError):
+        return DeviceUsage()
+
+
+def cuda_usage() -> DeviceUsage:
+    """Of the process's own device: memory as the driver counts it, of all processes; utilisation where NVML's bindings
+    are installed."""
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    try:
+        utilisation = torch.cuda.utilization() / 100
+    except (ModuleNotFoundError, RuntimeError):
+        utilisation = None
+    return DeviceUsage(total_bytes - free_bytes, total_bytes, utilisation)
