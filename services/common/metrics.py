@@ -20,7 +20,6 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from services.common.tally import CallTally, Histogram
 from services.common.telemetry_settings import METRICS_OFF
@@ -74,10 +73,11 @@ class Families:
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """Cumulative, as the format wants them; the last one is +Inf and the count."""
-    total, buckets = 0, []
-    for bound, count in zip((*histogram.bounds, float("inf")), list(histogram.counts), strict=True):
+    total = 0.0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), list(histogram.counts), strict=True):
         total += count
-        buckets.append((floatToGoString(bound), total))
+        buckets.append((bound, total))
     return buckets
 
 

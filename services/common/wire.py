@@ -43,6 +43,11 @@ def role_to_proto(role: str) -> worker_pb2.WorkerRole.ValueType:
     return _ROLES[role]
 
 
+def role_from_proto(number: int) -> str:
+    """Empty for a role that this version does not know."""
+    return _ROLES_BACK.get(number, "")  # type: ignore[call-overload]
+
+
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32."""
     return np.asarray(token_ids, dtype="<u4").tobytes()

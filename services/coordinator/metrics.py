@@ -144,17 +144,14 @@ class CoordinatorCollector(Collector):
         yield families.counter(ROUNDS, rounds)
         reasons = [((*kind, reason.value), n) for kind, tally in kinds for reason, n in list(tally.finished.items())]
         yield families.counter(FINISHED, reasons)
-        for family, per_pos in (
-            (ACCEPTED_PER_POS, lambda t: t.accepted_per_pos),
-            (VERIFIED_PER_POS, lambda t: t.verified_per_pos),
-        ):
-            samples = [
-                ((*kind, str(pos)), n)
-                for kind, tally in kinds
-                for pos, (n, reached) in enumerate(zip(per_pos(tally), tally.verified_per_pos, strict=True))
-                if reached
-            ]
-            yield families.counter(family, samples)
+        accepted, verified = [], []
+        for kind, tally in kinds:
+            for position, num_verified in enumerate(tally.verified_per_pos):
+                if num_verified:
+                    accepted.append(((*kind, str(position)), tally.accepted_per_pos[position]))
+                    verified.append(((*kind, str(position)), num_verified))
+        yield families.counter(ACCEPTED_PER_POS, accepted)
+        yield families.counter(VERIFIED_PER_POS, verified)
 
     def _gauges(self) -> Iterable[Metric]:
         families, workers = self._families, list(self._workers())

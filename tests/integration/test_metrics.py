@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from urllib.request import urlopen
 
 import pytest
@@ -21,6 +23,8 @@ from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
 
 __all__ = ["start_cluster"]
 
+SLOW = replace(TARGET, simulated_step_ms=3.0)
+"""Long enough a step that the draft is ready before the generation has ended."""
 FIELDS = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True, "sampling": sampling_pb2.SamplingParams(temperature=0)}
 
 
@@ -49,7 +53,7 @@ def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
 
 
 async def test_counters_are_the_sums_of_what_clients_were_told(start_cluster: StartCluster) -> None:
-    async with start_cluster() as cluster:
+    async with start_cluster(target=SLOW) as cluster:
         speculative = [await cluster.generate(**FIELDS, num_draft_tokens=4) for _ in range(3)]
         plain = await cluster.generate(**FIELDS, num_draft_tokens=0)
         scrape = Scrape(cluster.coordinator.registry)
@@ -76,7 +80,7 @@ async def test_counters_are_the_sums_of_what_clients_were_told(start_cluster: St
 
 async def test_a_worker_counts_its_steps_tokens_and_cache(start_cluster: StartCluster) -> None:
     prompt = {**FIELDS, "prompt": "x" * 100}
-    async with start_cluster() as cluster:
+    async with start_cluster(target=SLOW) as cluster:
         assert cluster.draft is not None
         [*results] = [await cluster.generate(**prompt, num_draft_tokens=4) for _ in range(2)]
         target, draft = Scrape(cluster.target.registry), Scrape(cluster.draft.registry)
@@ -137,6 +141,21 @@ async def test_a_running_generation_is_seen(cluster: Cluster) -> None:
     assert scrape.sum("generation_tokens_total") > 0
 
 
+async def test_the_clusters_status_tells_of_the_coordinator_and_of_each_worker(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=SLOW) as cluster:
+        assert cluster.draft is not None
+        told = (await cluster.generate(**FIELDS, num_draft_tokens=4)).finished.statistics
+        status = await cluster.stub.GetClusterStatus(pb.GetClusterStatusRequest())
+    assert (status.activity.num_generated_tokens, status.activity.num_drafts) == (40, told.num_drafts)
+    assert (status.activity.num_calls, status.activity.num_failed_calls) == (1, 0)
+    assert [(worker.address, worker.pool, worker.up) for worker in status.workers] == [
+        (f"127.0.0.1:{cluster.target.port}", "", True),
+        (f"127.0.0.1:{cluster.draft.port}", "default", True),
+    ]
+    assert [worker.info.activity.num_tokens > 0 for worker in status.workers] == [True, True]
+    assert status.drafts[0].num_accepted_tokens == told.num_accepted_tokens
+
+
 @pytest.fixture
 async def cluster(start_cluster: StartCluster):
     async with start_cluster() as running:
@@ -144,8 +163,6 @@ async def cluster(start_cluster: StartCluster):
 
 
 async def test_the_endpoints_of_all_services_answer_over_http(redis_url: str) -> None:
-    import asyncio
-
     def get(port: int) -> str:
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
             return str(response.read().decode())
