@@ -23,7 +23,7 @@ $(BIN)/python:
 $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt torch==2.13.0 setuptools grpcio-tools mypy-protobuf
 	@$(MAKE) --no-print-directory protos/gen/.generated
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,traces,dev]'
 	@touch $@
 
 protos/gen/.generated: $(PROTOS)
@@ -89,7 +89,7 @@ $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generate
 	$(PYTHON) -m venv $(COMPAT_VENV)
 	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,dev]'
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
 check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own

@@ -45,7 +45,7 @@ def role_to_proto(role: str) -> worker_pb2.WorkerRole.ValueType:
 
 def role_from_proto(number: int) -> str:
     """Empty for a role that this version does not know."""
-    return _ROLES_BACK.get(number, "")  # type: ignore[call-overload]
+    return str(_ROLES_BACK.get(number, ""))  # type: ignore[call-overload]
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -259,6 +259,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
             cache_salt=item.cache_salt,
+            traceparent=item.traceparent,
         )
     )
     return pieces
@@ -321,6 +322,7 @@ class OpenAssembler:
             num_top_log_probs=message.num_top_log_probs,
             fork=message.fork,
             cache_salt=message.cache_salt,
+            traceparent=message.traceparent,
         )
 
 

@@ -20,10 +20,12 @@ from prometheus_client import CollectorRegistry
 
 from services.common.failure import Failure
 from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.rpc import GrpcServer
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
 from services.common.tally import CallTally, Watched
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
 from services.common.worker_config import WorkerConfig
@@ -97,11 +99,11 @@ def new_instance_id() -> str:
 
 @contextlib.asynccontextmanager
 async def running_worker(
-    config: WorkerConfig, recipe: Recipe, metrics_port: int = METRICS_OFF
+    config: WorkerConfig, recipe: Recipe, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
 ) -> AsyncIterator[RunningWorker]:
     """Serves from enter to exit. Until the engine is built, calls are answered UNAVAILABLE/STARTING."""
     started = time.monotonic()
-    state, calls, collector = WorkerState(), CallTally(), WorkerCollector(recipe.role)
+    state, calls, collector = WorkerState(tracer), CallTally(), WorkerCollector(recipe.role)
     registry = new_registry(calls, {"role": recipe.role})
     registry.register(collector)
     server = GrpcServer(config.host, config.port, reflect=config.reflection, calls=calls)
@@ -130,8 +132,10 @@ async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
     Raises WorkerFailed once the engine cannot go on.
     """
     async with contextlib.AsyncExitStack() as stack:
+        tracer = stack.enter_context(open_tracer(config.trace_endpoint, 0.0, recipe.role))
         with exit_on_signals():
-            running = await stack.enter_async_context(running_worker(config, recipe, config.metrics_port))
+            worker = running_worker(config, recipe, config.metrics_port, tracer)
+            running = await stack.enter_async_context(worker)
         with stop_signals() as stop:
             info = running.worker.info
             announce_ready(info.role, running.port, instance_id=info.instance_id, metrics_port=running.metrics_port)

@@ -18,11 +18,13 @@ from prometheus_client import CollectorRegistry
 
 from services.common.errors import Unavailable
 from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
 from services.common.tally import CallTally
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
@@ -64,7 +66,7 @@ class RunningCoordinator:
 
 @contextlib.asynccontextmanager
 async def running_coordinator(
-    config: CoordinatorConfig, metrics_port: int = METRICS_OFF
+    config: CoordinatorConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
 ) -> AsyncIterator[RunningCoordinator]:
     """A coordinator inside this process, from enter to exit; ready after `wait_ready`.
 
@@ -87,7 +89,13 @@ async def running_coordinator(
         committer = Committer(store, retry_s=config.store_retry_s)
         tally, calls = CoordinatorTally(), CallTally()
         coordinator = Coordinator(
-            config, tokenizer=tokenizer, placement=placement, store=store, committer=committer, tally=tally
+            config,
+            tokenizer=tokenizer,
+            placement=placement,
+            store=store,
+            committer=committer,
+            tally=tally,
+            tracer=tracer,
         )
         registry = new_registry(calls, {"role": "coordinator"})
         status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
@@ -118,8 +126,8 @@ async def _check_store(store: SessionStore) -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    with stop_signals() as stop:
-        async with running_coordinator(config, config.metrics_port) as running:
+    with stop_signals() as stop, open_tracer(config.trace_endpoint, config.trace_sample, "coordinator") as tracer:
+        async with running_coordinator(config, config.metrics_port, tracer) as running:
             stopped = asyncio.create_task(stop.wait())
             while not stop.is_set() and not await running.wait_ready(0.5):
                 pass

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc.aio
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
@@ -52,8 +54,11 @@ class CoordinatorServicer:
         self._placement = placement
         self._tokenizer = tokenizer
 
-    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
-        async with self._coordinator.generate(admit(request, self._limits())) as stream:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        admitted = admit(request, self._limits())
+        async with self._coordinator.generate(admitted, _traceparent(context)) as stream:
             yield pb.GenerateResponse(started=_encode_started(stream.started))
             async for chunk in stream.output:
                 yield encode_chunk(chunk)
@@ -106,6 +111,11 @@ class CoordinatorServicer:
             max_prompt_bytes=self._config.max_prompt_bytes,
             drafts=self._placement.draft_names,
         )
+
+
+def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's span, from the call's metadata."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
 
 
 def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:

@@ -16,6 +16,7 @@ from services.common.errors import ConfigError
 from services.common.failure import Failure
 from services.common.tally import Watched, WorkerTally
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker_server import (
     BuiltWorker,
@@ -60,9 +61,11 @@ async def serve(config: DraftConfig) -> None:
     await serve_worker(config, _recipe(config))
 
 
-def running_draft(config: DraftConfig, metrics_port: int = METRICS_OFF) -> AbstractAsyncContextManager[RunningWorker]:
+def running_draft(
+    config: DraftConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AbstractAsyncContextManager[RunningWorker]:
     """A draft worker inside this process, from enter to exit."""
-    return running_worker(config, _recipe(config), metrics_port)
+    return running_worker(config, _recipe(config), metrics_port, tracer)
 
 
 def _recipe(config: DraftConfig) -> Recipe:

@@ -66,7 +66,7 @@ def _headline(view: ClusterView, history: Sequence[float]) -> Text:
 
 
 def _coordinator_table(rows: Sequence[CoordinatorRow], width: int) -> Table:
-    columns = (
+    columns: tuple[_Column[CoordinatorRow], ...] = (
         _Column("coordinator", lambda row: row.address, is_name=True),
         _Column("state", lambda row: _state("unreachable" if row.trouble else "draining" if row.draining else "up")),
         _Column("running", lambda row: str(row.num_running)),
@@ -83,7 +83,7 @@ def _coordinator_table(rows: Sequence[CoordinatorRow], width: int) -> Table:
 
 
 def _worker_table(rows: Sequence[WorkerRow], width: int) -> Table:
-    columns = (
+    columns: tuple[_Column[WorkerRow], ...] = (
         _Column("worker", lambda row: f"{row.role} {row.pool}".strip(), is_name=True),
         _Column("address", lambda row: row.address, is_name=True),
         _Column("model", _model, 140, is_name=True),
@@ -104,7 +104,7 @@ def _worker_table(rows: Sequence[WorkerRow], width: int) -> Table:
 
 
 def _pool_table(rows: Sequence[PoolRow], width: int) -> Table:
-    columns = (
+    columns: tuple[_Column[PoolRow], ...] = (
         _Column("draft pool", lambda row: row.name, is_name=True),
         _Column("ready", lambda row: Text("yes", "green") if row.ready else Text("no", "red")),
         _Column("weight", lambda row: f"{row.weight:g}"),
