@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from services.common.values import DeviceUsage, WorkerActivity
@@ -58,10 +58,13 @@ class CallKind(NamedTuple):
 
 
 class CallTally:
-    """Calls that a gRPC server has answered, by their end. At most MAX_CALL_KINDS kinds; then reasons become OTHER."""
+    """Calls that a gRPC server has answered, by their end. At most MAX_CALL_KINDS kinds; then reasons become OTHER.
 
-    def __init__(self) -> None:
-        self.counts: Counter[CallKind] = Counter()
+    `expected` kinds are there from the start, with 0: a series that begins with its first event shows no increase.
+    """
+
+    def __init__(self, expected: Iterable[CallKind] = ()) -> None:
+        self.counts: Counter[CallKind] = Counter(dict.fromkeys(expected, 0))
 
     def ended(self, method: str, code: str, reason: str = "") -> None:
         kind = CallKind(method, code, reason)

@@ -13,8 +13,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from services.common.metrics import Families, Family
-from services.common.tally import Histogram
-from services.coordinator.placement import WorkerView
+from services.common.tally import CallKind, Histogram
+from services.coordinator.placement import Placement
 from services.coordinator.tally import CoordinatorTally, GenerationTally
 
 BY_KIND = ("model_name", "draft")
@@ -98,6 +98,17 @@ WORKER_UP = Family(
 )
 WORKERS_UP = Family("workers_up", "Workers that this coordinator is connected to.", ("worker_role",))
 WORKERS = Family("workers", "Workers that this coordinator knows of.", ("worker_role",))
+POOL_READY = Family(
+    "draft_pool_ready", "1 while a draft worker of the pool is connected and fits the target, else 0.", ("draft",)
+)
+EXPECTED_CALLS = (
+    CallKind("Generate", "OK", ""),
+    CallKind("Generate", "INTERNAL", "DEFECT"),
+    CallKind("Generate", "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
+    CallKind("Generate", "UNAVAILABLE", "NO_TARGET"),
+    CallKind("Generate", "UNAVAILABLE", "STORE_UNAVAILABLE"),
+)
+"""What alerts look at."""
 ROLES = ("draft", "target")
 
 
@@ -117,12 +128,10 @@ class Requests(Protocol):
 class CoordinatorCollector(Collector):
     """Reads a coordinator when it is asked."""
 
-    def __init__(
-        self, tally: CoordinatorTally, requests: Requests, workers: Callable[[], Iterable[WorkerView]]
-    ) -> None:
+    def __init__(self, tally: CoordinatorTally, requests: Requests, placement: Placement) -> None:
         self._tally = tally
         self._requests = requests
-        self._workers = workers
+        self._placement = placement
         self._families = Families({"role": "coordinator"})
 
     def describe(self) -> Iterable[Metric]:
@@ -154,12 +163,14 @@ class CoordinatorCollector(Collector):
         yield families.counter(VERIFIED_PER_POS, verified)
 
     def _gauges(self) -> Iterable[Metric]:
-        families, workers = self._families, list(self._workers())
+        families, workers = self._families, self._placement.workers
         yield families.gauge(RUNNING, [((), self._requests.num_streaming)])
         yield families.gauge(WAITING, [((), self._requests.num_waiting)])
         yield families.gauge(DRAINING, [((), float(self._requests.draining))])
         samples = [((worker.role, worker.pool, worker.address), float(worker.up)) for worker in workers]
         yield families.gauge(WORKER_UP, samples)
+        pools = self._placement.ready_drafts.items()
+        yield families.gauge(POOL_READY, [((name,), float(ready)) for name, ready in pools])
         for family, counted in ((WORKERS, workers), (WORKERS_UP, [worker for worker in workers if worker.up])):
             roles = [worker.role for worker in counted]
             yield families.gauge(family, [((role,), roles.count(role)) for role in ROLES])

@@ -99,6 +99,13 @@ class Placement:
         return (WorkerView("target", "", self._target), *drafts)
 
     @property
+    def ready_drafts(self) -> dict[str, bool]:
+        """Each pool by name, and whether it is connected and fits the target, as far as that is known."""
+        info = self._target.info
+        model = info.model if info else None
+        return {pool.name: pool.fits(model) if model else pool.link.up for pool in self._drafts}
+
+    @property
     def draft_names(self) -> tuple[str, ...]:
         """What requests may name."""
         return tuple(pool.name for pool in self._drafts)

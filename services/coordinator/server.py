@@ -29,7 +29,7 @@ from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_length import LengthPolicy
-from services.coordinator.metrics import CoordinatorCollector
+from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
 from services.coordinator.placement import DraftPool, Placement
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.status import StatusReader
@@ -87,7 +87,7 @@ async def running_coordinator(
         ]
         placement = Placement(target, drafts, tokenizer.vocab_digest)
         committer = Committer(store, retry_s=config.store_retry_s)
-        tally, calls = CoordinatorTally(), CallTally()
+        tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
         coordinator = Coordinator(
             config,
             tokenizer=tokenizer,
@@ -99,7 +99,7 @@ async def running_coordinator(
         )
         registry = new_registry(calls, {"role": "coordinator"})
         status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
-        registry.register(CoordinatorCollector(tally, coordinator, lambda: placement.workers))
+        registry.register(CoordinatorCollector(tally, coordinator, placement))
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
         server = GrpcServer(
             config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
