@@ -155,9 +155,10 @@ class CoordinatorCollector(Collector):
         yield families.counter(FINISHED, reasons)
         accepted, verified = [], []
         for kind, tally in kinds:
-            for position, num_verified in enumerate(tally.verified_per_pos):
+            by_position = zip(tally.accepted_per_pos, tally.verified_per_pos, strict=True)
+            for position, (num_accepted, num_verified) in enumerate(by_position):
                 if num_verified:
-                    accepted.append(((*kind, str(position)), tally.accepted_per_pos[position]))
+                    accepted.append(((*kind, str(position)), num_accepted))
                     verified.append(((*kind, str(position)), num_verified))
         yield families.counter(ACCEPTED_PER_POS, accepted)
         yield families.counter(VERIFIED_PER_POS, verified)

@@ -13,6 +13,7 @@ from services.common.tally import LATENCY_BOUNDS_S, OTHER, SHORT_BOUNDS_S, Histo
 from services.common.values import MAX_DRAFT_TOKENS, FinishReason
 
 MAX_KINDS = 64
+_POSITIONS = range(MAX_DRAFT_TOKENS)
 
 
 class Kind(NamedTuple):
@@ -26,22 +27,18 @@ class GenerationTally:
     """Of all generations of one kind. Written by the event loop."""
 
     __slots__ = (
-        "accepted_per_pos",
         "draft_ns",
         "e2e_s",
         "finished",
         "itl_s",
-        "num_accepted_tokens",
-        "num_draft_tokens",
-        "num_drafts",
         "num_generated_tokens",
         "num_plain_rounds",
         "num_prompt_tokens",
         "num_rounds",
+        "outcomes",
         "overhead_s",
         "tpot_s",
         "ttft_s",
-        "verified_per_pos",
         "verify_ns",
     )
 
@@ -49,9 +46,8 @@ class GenerationTally:
         self.num_prompt_tokens = self.num_generated_tokens = 0
         self.num_rounds = self.num_plain_rounds = 0
         """Rounds with a proposal, and tokens decoded without one."""
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
-        self.accepted_per_pos = [0] * MAX_DRAFT_TOKENS
-        self.verified_per_pos = [0] * MAX_DRAFT_TOKENS
+        self.outcomes = [[0] * (num_drafted + 1) for num_drafted in range(MAX_DRAFT_TOKENS + 1)]
+        """How many proposals of i tokens had j of them accepted: all that is counted of drafts follows from it."""
         self.draft_ns = self.verify_ns = 0
         self.overhead_s = Histogram(SHORT_BOUNDS_S)
         self.ttft_s = Histogram(LATENCY_BOUNDS_S)
@@ -68,14 +64,30 @@ class GenerationTally:
         self.overhead_s.observe(overhead_ns / 1e9)
 
     def draft(self, num_drafted: int, num_accepted: int) -> None:
-        """A proposal of at least one token; positions behind the first rejection were not reached."""
-        self.num_drafts += 1
-        self.num_draft_tokens += num_drafted
-        self.num_accepted_tokens += num_accepted
-        for position in range(num_accepted):
-            self.accepted_per_pos[position] += 1
-        for position in range(min(num_accepted + 1, num_drafted)):
-            self.verified_per_pos[position] += 1
+        """A proposal of at least one token."""
+        self.outcomes[num_drafted][num_accepted] += 1
+
+    @property
+    def num_drafts(self) -> int:
+        return sum(map(sum, self.outcomes))
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(num_drafted * sum(counts) for num_drafted, counts in enumerate(self.outcomes))
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(num_accepted * n for counts in self.outcomes for num_accepted, n in enumerate(counts))
+
+    @property
+    def accepted_per_pos(self) -> list[int]:
+        """Proposals whose tokens up to this position were accepted."""
+        return [sum(sum(counts[position + 1 :]) for counts in self.outcomes) for position in _POSITIONS]
+
+    @property
+    def verified_per_pos(self) -> list[int]:
+        """Proposals with a token at this position and everything before it accepted: the others did not reach it."""
+        return [sum(sum(counts[position:]) for counts in self.outcomes[position + 1 :]) for position in _POSITIONS]
 
 
 class CoordinatorTally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.request import urlopen
 
 import grpc.aio
 import pytest
@@ -162,6 +164,24 @@ async def test_the_stores_password_is_in_no_error(logs: Logs, monkeypatch: pytes
         async with running_coordinator(config):
             pass
     assert leaked(str(caught.value) + logs.text) == []
+
+
+def test_a_service_logs_json_and_names_its_metrics_port_in_the_ready_line() -> None:
+    flags = ["--model", "simulated", "--port", "0", "--metrics-port", "0", "--log-format", "json", "--drain-s", "0"]
+    command = [sys.executable, "-P", "-m", "services.target", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = json.loads(process.stdout.readline())
+            with urlopen(f"http://127.0.0.1:{ready['metrics_port']}/metrics", timeout=5) as response:
+                scraped = response.read().decode()
+        finally:
+            process.terminate()
+            _, logged = process.communicate(timeout=20)
+    assert "outrider_worker_ready" in scraped
+    [serving] = [record for line in logged.splitlines() if "serves on" in (record := json.loads(line))["message"]]
+    assert serving["level"] == "info"
+    assert process.returncode == 0
 
 
 def test_an_exception_is_part_of_its_record() -> None:
