@@ -98,19 +98,23 @@ async def running_coordinator(
             tracer=tracer,
         )
         registry = new_registry(calls, {"role": "coordinator"})
-        status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
         registry.register(CoordinatorCollector(tally, coordinator, placement))
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
-        server = GrpcServer(
-            config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
-        )
-        service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
-        server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer, status))
+        status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
+        server = _server(config, calls, CoordinatorServicer(config, coordinator, placement, tokenizer, status))
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
         yield RunningCoordinator(server.port, server, coordinator, placement, registry, bound_metrics_port)
         await server.set_ready(False)
+
+
+def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
+    server = GrpcServer(
+        config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
+    )
+    server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
+    return server
 
 
 async def _check_store(store: SessionStore) -> None:
