@@ -108,6 +108,9 @@ class Watched(NamedTuple):
     prefix_cache: Callable[[], tuple[int, int]]
     """Tokens looked up and tokens found."""
     device: Callable[[], DeviceUsage]
+    utilisation: Callable[[], float | None]
+    """Share of time, from 0 to 1, in which the device computed, as its driver reports it; None where it does not. May
+    take milliseconds."""
 
     def activity(self) -> WorkerActivity:
         """All of it at this moment."""

@@ -134,13 +134,11 @@ class WorkerLoad:
 
 
 class DeviceUsage(NamedTuple):
-    """Of the device that a worker computes on, whoever uses it; on a CPU `memory_used_bytes` is the process's own."""
+    """Memory of the device that a worker computes on, whoever uses it; on a CPU what is used is the process's own."""
 
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
     """0: unknown."""
-    utilisation: float | None = None
-    """Share of time, from 0 to 1, in which the device computed, as its driver reports it; None where it does not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,5 +83,5 @@ class WorkerCollector(Collector):
         if usage.memory_total_bytes:
             yield self._families.gauge(MEMORY_USED, [((), usage.memory_used_bytes)])
             yield self._families.gauge(MEMORY, [((), usage.memory_total_bytes)])
-        if usage.utilisation is not None:
-            yield self._families.gauge(UTILISATION, [((), usage.utilisation)])
+        if (utilisation := watched.utilisation()) is not None:
+            yield self._families.gauge(UTILISATION, [((), utilisation)])

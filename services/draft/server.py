@@ -31,7 +31,7 @@ from services.draft.config import DraftConfig
 from services.draft.core import DraftCore
 from services.draft.servicer import DraftServicer
 from services.engine.block_manager import BlockManager
-from services.engine.device_usage import device_usage_of
+from services.engine.device_usage import device_usage_of, utilisation_of
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.model import ModelDrafter
@@ -104,7 +104,8 @@ def build(config: DraftConfig) -> BuiltWorker:
         max_sequence_len=max_sequence_len,
     )
     engine = EngineThread(core, "draft engine", config.max_queued_items, failure)
-    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(config.device))
+    device = config.device
+    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(device), utilisation_of(device))
     return BuiltWorker(engine, info, watched, close)
 
 

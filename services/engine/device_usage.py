@@ -31,13 +31,28 @@ def host_usage(statm: Path = _STATM) -> DeviceUsage:
 
 
 def cuda_usage() -> DeviceUsage:
-    """Of the process's own device: memory as the driver counts it, of all processes; utilisation where NVML's bindings
-    are installed."""
+    """Of the process's own device, as the driver counts it, of all processes."""
     import torch
 
     free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return DeviceUsage(total_bytes - free_bytes, total_bytes)
+
+
+def utilisation_of(device: str) -> Callable[[], float | None]:
+    """What asks for the share of time in which a device computed."""
+    return cuda_utilisation if device.startswith("cuda") else unknown_utilisation
+
+
+def cuda_utilisation() -> float | None:
+    """Where NVML's bindings are installed."""
+    import torch
+
     try:
-        utilisation = torch.cuda.utilization() / 100
+        return torch.cuda.utilization() / 100
     except (ModuleNotFoundError, RuntimeError):
-        utilisation = None
-    return DeviceUsage(total_bytes - free_bytes, total_bytes, utilisation)
+        return None
+
+
+def unknown_utilisation() -> float | None:
+    """Of a device whose driver does not say."""
+    return None

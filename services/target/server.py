@@ -26,7 +26,7 @@ from services.common.worker_server import (
     serve_worker,
 )
 from services.engine.block_manager import BlockManager
-from services.engine.device_usage import device_usage_of
+from services.engine.device_usage import device_usage_of, utilisation_of
 from services.engine.engine_thread import EngineThread
 from services.engine.prefix_cache import model_key
 from services.engine.simulated import (
@@ -93,7 +93,8 @@ def build(config: TargetConfig) -> BuiltWorker:
         max_sequence_len=max_sequence_len,
     )
     engine = EngineThread(core, "target engine", config.max_queued_items, failure)
-    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(config.device))
+    device = config.device
+    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(device), utilisation_of(device))
     return BuiltWorker(engine, info, watched, close)
 
 

@@ -189,14 +189,16 @@ def _pools(
     """Summed by name. A coordinator that is new, or was started anew, has no part in the rates yet."""
     totals, fresh = dict[str, _PoolCounts](), dict[str, _PoolCounts]()
     for address, status in now.items():
-        if isinstance(status, ClusterStatus):
-            then = before.get(address)
-            known = isinstance(then, ClusterStatus) and then.instance_id == status.instance_id
-            past = {pool.name: pool for pool in then.drafts} if known and isinstance(then, ClusterStatus) else {}
-            for pool in status.drafts:
-                totals.setdefault(pool.name, _PoolCounts()).add(pool, None)
-                if pool.name in past:
-                    fresh.setdefault(pool.name, _PoolCounts()).add(pool, past[pool.name])
+        if isinstance(status, str):
+            continue
+        then = before.get(address)
+        known = isinstance(then, ClusterStatus) and then.instance_id == status.instance_id
+        for pool in status.drafts:
+            totals.setdefault(pool.name, _PoolCounts()).add(pool, 1)
+            if known:
+                fresh.setdefault(pool.name, _PoolCounts()).add(pool, 1)
+        for pool in then.drafts if known and isinstance(then, ClusterStatus) else ():
+            fresh.setdefault(pool.name, _PoolCounts()).add(pool, -1)
     return tuple(_pool(name, counts, fresh.get(name), interval_s) for name, counts in totals.items())
 
 
@@ -208,10 +210,10 @@ class _PoolCounts:
     ready: bool = False
     weight: float = 0.0
 
-    def add(self, pool: DraftPool, before: DraftPool | None) -> None:
-        self.num_drafts += pool.num_drafts - (before.num_drafts if before else 0)
-        self.num_draft_tokens += pool.num_draft_tokens - (before.num_draft_tokens if before else 0)
-        self.num_accepted_tokens += pool.num_accepted_tokens - (before.num_accepted_tokens if before else 0)
+    def add(self, pool: DraftPool, sign: int) -> None:
+        self.num_drafts += sign * pool.num_drafts
+        self.num_draft_tokens += sign * pool.num_draft_tokens
+        self.num_accepted_tokens += sign * pool.num_accepted_tokens
         self.ready, self.weight = self.ready or pool.ready, pool.weight
 
 

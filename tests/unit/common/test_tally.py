@@ -80,7 +80,7 @@ def test_a_workers_activity_is_what_its_tally_adds_up_to() -> None:
     tally.step(num_sequences=3, num_rows=9, num_prefill_tokens=5, duration_ns=2_000_000)
     tally.step(num_sequences=1, num_rows=1, num_prefill_tokens=0, duration_ns=1_000_000)
     tally.answered(4, 500_000)
-    activity = Watched(tally, lambda: (10, 6), lambda: DeviceUsage(1, 2)).activity()
+    activity = Watched(tally, lambda: (10, 6), lambda: DeviceUsage(1, 2), lambda: 0.5).activity()
     assert (activity.num_steps, activity.num_step_sequences, activity.num_step_rows) == (2, 4, 10)
     assert (activity.busy_ns, activity.num_prefill_tokens, activity.num_tokens) == (3_000_000, 5, 4)
     assert (activity.num_answers, activity.queue_ns) == (1, 500_000)

@@ -91,6 +91,14 @@ def test_pools_of_several_coordinators_are_summed_by_name() -> None:
     assert (pool.total_acceptance_rate, pool.ready) == (0.75, True)
 
 
+def test_a_pool_that_drafts_for_several_models_is_one() -> None:
+    other = replace(POOL, num_draft_tokens=100, num_accepted_tokens=90)
+    before = replace(STATUS, drafts=(POOL, other))
+    now = replace(STATUS, drafts=(replace(POOL, num_draft_tokens=60, num_accepted_tokens=30), other))
+    [pool] = view_of(at(12.0, a=now), at(10.0, a=before)).pools
+    assert (pool.acceptance_rate, pool.draft_tokens_per_s, pool.total_acceptance_rate) == (0.5, 10, 0.75)
+
+
 @pytest.mark.parametrize("width", [60, 100, 180])
 def test_what_is_drawn_fits_the_terminal_and_cannot_steer_it(width: int) -> None:
     evil = replace(TARGET, up=False, trouble="\x1b[2Jgone", address="a" * 40 + ":50053")
