@@ -35,6 +35,8 @@ from services.common.errors import OutriderError
 from services.common.tracing import NO_SPAN, Attribute, Span
 
 _PREFIX = "outrider."
+_EXPORT_S = 2
+"""For one batch of spans; a receiver that is away holds up a service's end no longer."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -44,7 +46,7 @@ def exporting_provider(endpoint: str, sample: float, service: str) -> TracerProv
     `endpoint` is http://HOST:PORT, or https:// for TLS. Call `shutdown` in the end.
     """
     provider = new_provider(sample, service)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)))
     return provider
 
 
