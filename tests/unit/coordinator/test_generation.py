@@ -12,13 +12,14 @@ from services.common.session_store import Commit
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.draft_length import FixedLength
-from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.generation import Generation, Routes, Timeouts
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.statistics import StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
 from services.coordinator.worker_link import TARGET_CODEC, WorkerLink
+from tests.fakes.fixed_route import FixedRoute
 
 TAKEN_OVER = Aborted("OWNERSHIP_LOST", "taken over")
 
@@ -55,7 +56,7 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
     return Generation(
         plan,
         [1, 65],
-        links=Links(WorkerLink("127.0.0.1:1", TARGET_CODEC), None),
+        routes=Routes(FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
         trimmer=trimmer,
         journal=Journal(committer, "s", 1, 2),
         output=output,
