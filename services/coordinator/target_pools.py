@@ -2,8 +2,8 @@
 
 Owns: what makes targets interchangeable, and which kind a name stands for. Must not know: links, sessions. Pure.
 
-A model's pool is of one kind. Its kind stays while a target of it is up, or was so a moment ago: a target that comes
-back must find its place. Else it becomes the most frequent kind that is up.
+A model's pool is of one kind: the most frequent one of the targets that are up, or were so a moment ago, so that a
+restart changes nothing. All coordinators see the same targets, and so choose the same kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from services.common.values import WorkerInfo
 
 GRACE_S = 10.0
-"""For so long a kind holds its pool without a target that is up."""
+"""For so long a target that is not up counts."""
 
 
 class TargetKind(NamedTuple):
@@ -46,15 +46,9 @@ class Member(NamedTuple):
 
 
 def elect(present: TargetKind | None, members: Sequence[Member]) -> TargetKind | None:
-    """The pool's kind from now on. None only where there never was one."""
-    if present and any(member.kind == present and member.down_s < GRACE_S for member in members):
-        return present
-    counts = Counter(member.kind for member in members if not member.down_s)
-    return max(counts, key=lambda kind: (counts[kind], kind), default=present or _first(members))
-
-
-def _first(members: Sequence[Member]) -> TargetKind | None:
-    return min((member.kind for member in members), default=None)
+    """The pool's kind from now on; the present one where no target counts. None only where there never was one."""
+    counts = Counter(member.kind for member in members if member.down_s < GRACE_S)
+    return max(counts, key=lambda kind: (counts[kind], kind), default=present)
 
 
 def differences(kind: TargetKind, pool: TargetKind) -> str:
