@@ -58,7 +58,10 @@ class CoordinatorConfig:
     session_idle_s: int = setting(3600, "Seconds after which an unused session's record expires.")
     tombstone_s: int = setting(86_400, "Seconds for which a closed session is remembered as closed.")
     heartbeat_ms: int = setting(500, "Milliseconds between signs of life, to clients and in Redis.")
-    propose_timeout_s: float = setting(5.0, "Seconds after which a draft is late and the target goes on alone.")
+    propose_timeout_s: float = setting(
+        5.0,
+        "Seconds after which a draft is late at the latest, and the target goes on alone; learned from its usual time.",
+    )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
     target_retry_s: float = setting(10.0, "Seconds that a generation waits for a lost target to come back.")
     store_retry_s: float = setting(3.0, "Seconds that commits are retried while Redis does not answer.")

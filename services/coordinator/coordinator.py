@@ -24,6 +24,7 @@ from services.coordinator.opening import Opened, SessionOpener, busy, check_same
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer_set import TokenizerSet
@@ -218,7 +219,9 @@ class Coordinator:
                 draft_counts=placed.share.counts if placed.share else None,
             ),
             timeouts=Timeouts(
-                self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
+                placed.share.deadline if placed.share else ProposeDeadline(self._config.propose_timeout_s),
+                self._config.target_timeout_s,
+                self._config.target_retry_s,
             ),
             length=_draft_length(plan, placed),
             finish=past.finish,

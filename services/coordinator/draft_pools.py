@@ -15,6 +15,7 @@ from services.common.errors import FailedPrecondition
 from services.common.items import DraftItem, DraftResult
 from services.common.values import ModelInfo, WorkerInfo
 from services.coordinator.draft_length import LengthPolicy
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import DraftCounts
 from services.coordinator.target_pools import TargetKind
 from services.coordinator.worker_pool import PooledWorker, WorkerPool
@@ -27,23 +28,27 @@ class DraftShare:
     """What a pool does for one model."""
 
     policy: LengthPolicy
+    deadline: ProposeDeadline
     counts: DraftCounts = field(default_factory=DraftCounts)
 
 
 class DraftPool:
     """Draft workers of one kind."""
 
-    def __init__(self, name: str, weight: float, workers: WorkerPool[DraftItem, DraftResult]) -> None:
+    def __init__(
+        self, name: str, weight: float, workers: WorkerPool[DraftItem, DraftResult], propose_timeout_s: float = 5.0
+    ) -> None:
         self.name = name
         self.weight = weight
         self.workers = workers
         self.new_policy: Callable[[str], LengthPolicy] = lambda model: LengthPolicy()
         """Makes the policy for a model, by its name."""
+        self._propose_timeout_s = propose_timeout_s
         self._shares: dict[str, DraftShare] = {}
 
     def share(self, model: str) -> DraftShare:
         if model not in self._shares:
-            self._shares[model] = DraftShare(self.new_policy(model))
+            self._shares[model] = DraftShare(self.new_policy(model), ProposeDeadline(self._propose_timeout_s))
         return self._shares[model]
 
     @property

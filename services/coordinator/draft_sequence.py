@@ -12,10 +12,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
-from services.common.errors import InvalidArgument, OutriderError
+from services.common.errors import DeadlineExceeded, InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
 from services.common.values import Proposal, WorkerInfo
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.route import Route
 from services.coordinator.worker_link import Lane
 
@@ -41,13 +42,13 @@ class DraftSequence:
         plan: GenerationPlan,
         tokens: Sequence[int],
         *,
-        timeout_s: float,
+        deadline: ProposeDeadline,
         on_ready: Callable[[], None],
     ) -> None:
         self._route = route
         self._plan = plan
         self._tokens = tokens
-        self._timeout_s = timeout_s
+        self._deadline = deadline
         self._on_ready = on_ready
         self._lane: Lane[DraftItem, DraftResult] | None = None
         self._ready = False
@@ -112,17 +113,21 @@ class DraftSequence:
         num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
         self._round = round_number
         self._tell(num_draft_tokens)
+        started_s = asyncio.get_running_loop().time()
         try:
             while True:
-                result = await lane.receive(self._timeout_s)
+                result = await lane.receive(self._deadline.seconds(num_draft_tokens))
                 if isinstance(result, Refused):
                     raise result.error
                 if self._is_awaited(result):
                     self._check(result.proposal, num_draft_tokens)
+                    self._deadline.arrived(num_draft_tokens, asyncio.get_running_loop().time() - started_s)
                     self._succeeded()
                     self.num_cached_tokens = result.num_cached_tokens
                     return result
         except OutriderError as error:
+            if isinstance(error, DeadlineExceeded):
+                self._deadline.was_late()
             if self._lane is lane:  # else the broken stream has told already
                 self._lose(error)
         return None

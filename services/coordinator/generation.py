@@ -22,6 +22,7 @@ from services.coordinator.draft_length import DraftLength
 from services.coordinator.draft_sequence import DraftRoute, DraftSequence
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.target_sequence import TargetLost, TargetRoute, TargetSequence
 from services.coordinator.trim import Trimmed, Trimmer, pack_log_probs
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 class Timeouts:
     """How long a generation waits for its workers."""
 
-    propose_s: float
+    propose: ProposeDeadline
     target_s: float
     target_retry_s: float
 
@@ -78,7 +79,7 @@ class Generation:
             routes.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
         self._draft = DraftSequence(
-            routes.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._interrupt_for_draft
+            routes.draft, plan, tokens, deadline=timeouts.propose, on_ready=self._interrupt_for_draft
         )
         self._length = length
         self._clock = clock

@@ -88,7 +88,12 @@ def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement
     """Raises ConfigError where workers cannot be discovered as configured. May take long."""
     targets = _pool(config, "targets", config.target_sources, TARGET_CODEC)
     drafts = [
-        DraftPool(pool.name, pool.weight, _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC))
+        DraftPool(
+            pool.name,
+            pool.weight,
+            _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC),
+            config.propose_timeout_s,
+        )
         for pool in config.draft_pools
     ]
     return Placement(targets, drafts, tokenizers)

@@ -89,7 +89,7 @@ class WorkerPool(Generic[ItemT, ResultT]):
     def troubles(self) -> list[OutriderError]:
         """Why there are no workers, or what ails those that are not up."""
         if not self._workers:
-            return [Unavailable("NO_WORKERS", f"no {self} is known yet", retry_after_ms=1000)]
+            return [Unavailable("NO_WORKERS", f"{self}: no worker is known yet", retry_after_ms=1000)]
         return [worker.link.trouble for worker in self._workers.values() if not worker.link.up]
 
     def start(self) -> None:

@@ -22,6 +22,7 @@ from services.coordinator.draft_length import AdaptiveLength, DraftLength, Fixed
 from services.coordinator.generation import Generation, Routes, Timeouts
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
@@ -141,6 +142,13 @@ class SlowStore:
         return [None] * len(commits)
 
 
+class Unhurried(ProposeDeadline):
+    """Proposals are never late."""
+
+    def seconds(self, num_draft_tokens: int) -> float:
+        return FOREVER_S
+
+
 class Counted(Generation):
     """A generation that tells how far it is."""
 
@@ -231,7 +239,7 @@ class VirtualCluster:
             journal=Journal(self._committer, plan.session_id, 1, len(prompt)),
             output=output,
             statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-            timeouts=Timeouts(1e6, 1e6, 1.0),
+            timeouts=Timeouts(Unhurried(FOREVER_S), FOREVER_S, 1.0),
             length=length,
             clock=loop.nanoseconds,
         )

@@ -52,9 +52,8 @@ async def one_holds(workers: Sequence[RunningWorker]) -> RunningWorker:
 async def prompts_of(cluster: ManyWorkers, **more: Any) -> tuple[dict[str, list[int]], list[str]]:
     """What some prompts give undisturbed, by prompt."""
     prompts = [f"prompt {n}" for n in range(6)]
-    return {
-        p: (await cluster.generate(**fields(prompt=p, num_draft_tokens=0, **more))).tokens for p in prompts
-    }, prompts
+    plain = [cluster.generate(**fields(prompt=p, num_draft_tokens=0, **more)) for p in prompts]
+    return {p: result.tokens for p, result in zip(prompts, await asyncio.gather(*plain), strict=True)}, prompts
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from services.coordinator.draft_length import FixedLength
 from services.coordinator.generation import Generation, Routes, Timeouts
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
@@ -61,7 +62,7 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
         journal=Journal(committer, "s", 1, 2),
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-        timeouts=Timeouts(1.0, 1.0, 1.0),
+        timeouts=Timeouts(ProposeDeadline(1.0), 1.0, 1.0),
         length=FixedLength(0),
         finish=finish,
     )
