@@ -181,7 +181,11 @@ class Coordinator:
             if record.finish_reason:
                 return self._finished(request, record)
         opened = await self._opener.open(request, self._tokenizers.get(request.model), record)
-        return self._run(request, opened, arrived_ns)
+        try:
+            return self._run(request, opened, arrived_ns)
+        except BaseException:
+            opened.placed.release()
+            raise
 
     def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""

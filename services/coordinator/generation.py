@@ -110,6 +110,7 @@ class Generation:
         if self._task is not None:
             await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
             if self._task.cancelled():  # before its first step
+                self._close_sequences()
                 self._end_stopped()
 
     async def _run(self) -> None:
@@ -128,12 +129,15 @@ class Generation:
             log.exception("session %s: the generation failed", self._plan.session_id)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
-            self._target.close()
-            self._draft.close()
-            self._length.close()
+            self._close_sequences()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
+
+    def _close_sequences(self) -> None:
+        self._target.close()
+        self._draft.close()
+        self._length.close()
 
     def _end_stopped(self) -> None:
         if self._stop_error is not None:

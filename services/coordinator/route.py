@@ -35,7 +35,8 @@ class Route(Protocol[ItemT, ResultT]):
         ...
 
     def place(self) -> bool:
-        """Whether the generation is placed now: where it was, or on another worker that has not failed it."""
+        """Whether the generation is placed now: where it was, if it may be opened there, or on another worker that has
+        not failed it."""
         ...
 
     def leave(self) -> None:
@@ -90,6 +91,8 @@ class PoolRoute(Generic[ItemT, ResultT]):
         return self._worker is not None and self._worker.draining and self._choose(self._failed) is not None
 
     def place(self) -> bool:
+        if self._worker is not None and (self._worker.draining or not self._worker.link.up):
+            self.leave()  # it was chosen a while ago
         if self._worker is None and (worker := self._choose(self._failed)):
             self._worker = worker
             self._pool.claim(worker)

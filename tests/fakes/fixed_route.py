@@ -16,6 +16,7 @@ class FixedRoute:
 
     def __init__(self, link: WorkerLink[Any, Any]) -> None:
         self.link = link
+        self.closed = False
 
     def place(self) -> bool:
         return True
@@ -36,4 +37,4 @@ class FixedRoute:
         """Nothing is held against it."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        self.closed = True

@@ -36,7 +36,9 @@ class SlowStore:
         return [None] * len(commits)
 
 
-def new_generation(committer: Committer, output: Output, finish: FinishReason | None = None) -> Generation:
+def new_generation(
+    committer: Committer, output: Output, finish: FinishReason | None = None, route: FixedRoute | None = None
+) -> Generation:
     plan = GenerationPlan(
         session_id="s",
         lease_epoch=1,
@@ -57,7 +59,7 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
     return Generation(
         plan,
         [1, 65],
-        routes=Routes(FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
+        routes=Routes(route or FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
         trimmer=trimmer,
         journal=Journal(committer, "s", 1, 2),
         output=output,
@@ -75,9 +77,11 @@ async def chunks_of(output: Output) -> list[Chunk]:
 @pytest.mark.parametrize("error", [TAKEN_OVER, None])
 async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
     output = Output(max_unread_tokens=16, slow_client_s=1.0)
-    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output)
+    route = FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC))
+    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output, route=route)
     generation.start()
     await generation.stop(error)
+    assert route.closed
     async with asyncio.timeout(1):
         if error:
             with pytest.raises(Aborted):

@@ -176,3 +176,19 @@ async def test_a_generation_moves_from_a_draining_worker_only_where_another_take
     two.links["b:1"].set_up(False)
     assert not route.should_move
     route.close()
+
+
+async def test_a_worker_that_has_gone_or_drains_since_it_was_chosen_is_not_opened_on(two: FakePool) -> None:
+    route = route_over(two)
+    for leave in ("down", "draining"):
+        assert route.place()
+        if leave == "down":
+            two.links["a:1"].set_up(False)
+        else:
+            two.links["a:1"].load = WorkerLoad(draining=True)
+        assert route.place()
+        assert route.link is not None
+        assert route.link.address == "b:1"
+        two.links["a:1"].set_up(True)
+        route.leave()
+    assert worker(two, "a:1").num_claims == worker(two, "b:1").num_claims == 0
