@@ -78,7 +78,7 @@ class DnsDiscovery:
                     known = found
                     yield known
                 trouble = ""
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
                 if str(error) != trouble:
                     trouble = str(error)
                     log.warning("%s%s cannot be resolved: %s; what is known holds", DNS, self._host, trouble)

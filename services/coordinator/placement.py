@@ -175,8 +175,7 @@ class Placement:
         if not name or name not in self._models:
             raise self._no_target()
         kind, model = self._kinds[name], _model(self._models[name])
-        tokenizer = self._tokenizers.find(name)
-        if tokenizer is None or tokenizer.vocab_digest != kind.vocab_digest:
+        if not self._has_tokenizer(name):
             raise FailedPrecondition(
                 "VOCAB_MISMATCH", f"the coordinator's tokenizer and the target model {model.name} differ in vocabulary"
             )
@@ -207,13 +206,13 @@ class Placement:
     def _served(self, name: str) -> Served:
         kind, info = self._kinds[name], self._models[name]
         able = self._placeable(name, kind)
-        tokenizer = self._tokenizers.find(name)
-        fits = tokenizer is not None and tokenizer.vocab_digest == kind.vocab_digest
         others = {other for other_name, other in self._kinds.items() if other_name != name}
         useless = [p for p in self._drafts if p.differs(kind) and all(p.differs(other) for other in others)]
         misfit = useless and not any(pool.fits(kind) for pool in self._drafts)
         lens = [_info(worker).max_sequence_len for worker in able] or [info.max_sequence_len]
-        return Served(_model(info), kind, max(lens), self._drafts, bool(able) and fits and not misfit)
+        return Served(
+            _model(info), kind, max(lens), self._drafts, bool(able) and self._has_tokenizer(name) and not misfit
+        )
 
     def _survey(self) -> None:
         """Takes note of the models that targets name, and of targets that differ from their model's pool."""
@@ -228,12 +227,20 @@ class Placement:
             kind = elect(self._kinds.get(name), [member for member, _ in named])
             if kind is None:
                 continue
-            self._kinds[name] = kind
+            if self._kinds.get(name) != kind:
+                self._kinds[name] = kind
+                if not self._has_tokenizer(name):
+                    log.warning("the model %s is not served: no tokenizer of its vocabulary is configured", name)
             for member, worker in named:
                 if member.kind != kind:
                     self._log_refusal(worker, member.kind, kind)
                 elif worker.link.up or name not in self._models or TargetKind.of(self._models[name]) != kind:
                     self._models[name] = _info(worker)
+
+    def _has_tokenizer(self, name: str) -> bool:
+        """Whether there is one of the vocabulary of the model's present kind."""
+        tokenizer = self._tokenizers.find(name)
+        return tokenizer is not None and tokenizer.vocab_digest == self._kinds[name].vocab_digest
 
     def _log_refusal(self, worker: TargetWorker, its: TargetKind, kind: TargetKind) -> None:
         instance_id = _info(worker).instance_id

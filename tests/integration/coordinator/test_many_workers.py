@@ -104,11 +104,14 @@ async def test_a_stalled_target_is_left_after_its_deadline(start_many: StartMany
 
 
 async def test_a_stalled_draft_is_replaced_and_its_late_answer_changes_nothing(start_many: StartMany) -> None:
-    async with start_many([SLOW], [DRAFT, DRAFT], propose_timeout_s=0.2) as cluster:
-        whole = await cluster.generate(**fields(prompt="a", num_draft_tokens=0, max_tokens=400))
-        running = asyncio.create_task(cluster.generate(**fields(prompt="a", num_draft_tokens=4, max_tokens=400)))
+    async with start_many([SLOW], [DRAFT, DRAFT], propose_timeout_s=60.0) as cluster:
+        whole = await cluster.generate(**fields(prompt="a", num_draft_tokens=0, max_tokens=600))
+        running = asyncio.create_task(cluster.generate(**fields(prompt="a", num_draft_tokens=4, max_tokens=600)))
         first = await one_holds(cluster.drafts)
         [other] = [draft for draft in cluster.drafts if draft is not first]
+        [served] = cluster.coordinator.placement.served
+        counts = served.drafts[0].share(served.model.name).counts
+        assert await wait_until(lambda: counts.num_drafts >= 5, 5, 0.002)  # what is usual is known
         async with stalled(first):
             assert await wait_until(lambda: other.engine.load.num_sequences == 1, 5, 0.002)
         assert await wait_until(lambda: not holding([first]), 5)
