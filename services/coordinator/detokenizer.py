@@ -44,9 +44,12 @@ class ByteTextStream:
 class WindowTextStream:
     """For vocabularies where a token's text depends on its neighbours (SentencePiece): decodes a short sliding window.
 
-    The text of a token is what it adds to the decoding of the window before it. `context` are the last tokens of the
-    prompt, so that a leading space survives. Whatever decodes to a text ending in U+FFFD is held back, for at most
-    `MAX_HELD_TOKENS` tokens: no character takes more.
+    The text of a token is what it adds to the decoding of the window before it. `context` are the tokens of the prompt,
+    whose last ones begin the window, so that a leading space survives. Whatever decodes to a text ending in U+FFFD is
+    held back, for at most `MAX_HELD_TOKENS` tokens: no character takes more. The window always begins with a character:
+    decoders make U+FFFD of every byte token in a row of which one character is incomplete.
+
+        window   [ text is out )[ held back )       once that is out too, the window is what was held back
     """
 
     MAX_HELD_TOKENS = 4
@@ -55,7 +58,7 @@ class WindowTextStream:
     def __init__(self, decode: Callable[[list[int]], str], hidden: frozenset[int], context: Sequence[int]) -> None:
         self._decode = decode
         self._hidden = hidden
-        self._window = [token_id for token_id in context if token_id not in hidden][-self.NUM_CONTEXT_TOKENS :]
+        self._window = self._end_of([token_id for token_id in context if token_id not in hidden])
         self._num_done = len(self._window)
         self._done_text = decode(self._window)
 
@@ -78,10 +81,17 @@ class WindowTextStream:
             if text.startswith(self._done_text)
             else text[_common_len(text, self._done_text) :]
         )
-        self._window = self._window[-self.NUM_CONTEXT_TOKENS :]
+        self._window = self._window[self._num_done :]
         self._num_done = len(self._window)
         self._done_text = self._decode(self._window)
         return new
+
+    def _end_of(self, context: list[int]) -> list[int]:
+        """Its last tokens, NUM_CONTEXT_TOKENS and those before them that belong to the same character."""
+        for num in range(self.NUM_CONTEXT_TOKENS, self.NUM_CONTEXT_TOKENS + self.MAX_HELD_TOKENS):
+            if not self._decode(context[-num:]).startswith("\ufffd"):
+                return context[-num:]
+        return context[-self.NUM_CONTEXT_TOKENS :]
 
 
 def _common_len(one: str, other: str) -> int:
