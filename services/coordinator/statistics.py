@@ -50,7 +50,7 @@ class GenerationStatistics:
     rounds: tuple[RoundStatistics, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @classmethod
     def from_json(cls, text: str) -> GenerationStatistics:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -202,6 +204,15 @@ def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> No
     assert admit(a_prompt(max_tokens=5), LIMITS).digest != base
     assert admit(pb.GenerateRequest(prompt="b"), LIMITS).digest != base
     assert admit(sampling(seed=0), LIMITS).digest != base
+
+
+def test_the_parameters_are_written_without_going_through_the_prompt() -> None:
+    class Untouchable(tuple[int, ...]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("a prompt may be long, and this is done on the event loop")
+
+    request = replace(admit(a_prompt(), LIMITS), input=TokenInput(Untouchable((1, 2))))
+    assert json.loads(request.parameters())["max_tokens"] == request.max_tokens
 
 
 def test_a_session_id_must_be_given_where_one_is_meant() -> None:
