@@ -27,11 +27,12 @@ from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.unbroken import unbroken
 
 log = logging.getLogger(__name__)
 
 _ENDING_S = 0.2
-"""What a generation may take to end after its client went away, before the next request is told that it is busy."""
+"""What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,11 @@ class Coordinator:
         """
         arrived_ns = time.perf_counter_ns()
         await self._let_end(request)
-        with self._reserve(request):
-            stream = await self._open(request, arrived_ns)
+        stream = await unbroken(self._open_reserved(request, arrived_ns), _end)
         try:
             yield stream
         finally:
-            if stream.generation is not None:
-                await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+            await _end(stream)
 
     async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
@@ -140,8 +139,11 @@ class Coordinator:
             raise
 
     async def _let_end(self, request: GenerationRequest) -> None:
-        """A client that leaves a stream and sends the next turn at once may overtake the news that it left."""
-        running = self._running.get(request.session_id)
+        """A client that leaves a stream and comes again at once may overtake the news that it left."""
+        session_id = request.session_id
+        if session_id in self._opening:
+            await wait_until(lambda: session_id not in self._opening, _ENDING_S)
+        running = self._running.get(session_id)
         if running and running.request_id != request.request_id:
             await running.generation.wait(_ENDING_S)
 
@@ -168,6 +170,10 @@ class Coordinator:
         finally:
             self._opening.discard(session_id)
 
+    async def _open_reserved(self, request: GenerationRequest, arrived_ns: int) -> Stream:
+        with self._reserve(request):
+            return await self._open(request, arrived_ns)
+
     async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
             self._choose(request)
@@ -178,31 +184,31 @@ class Coordinator:
         if record and record.request_id == request.request_id:
             check_same_request(request, record.request_digest)
             if record.finish_reason:
-                return self._finished(request, record)
+                return await self._finished(request, record)
         placed = self._choose(request)
         opened = await self._opener.open(request, placed, record)
-        return self._run(request, placed, opened, arrived_ns)
+        return await self._run(request, placed, opened, arrived_ns)
 
     def _choose(self, request: GenerationRequest) -> Placed:
         return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
 
-    def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
+    async def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
         output = self._new_output()
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
         trimmer = new_trimmer(request, self._tokenizer, prompt, len(generated))
         origins = record.origins[record.prompt_len :]
-        past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
+        past = await replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
         output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
         if record.finish_reason:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
+    async def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
         plan, output = opened.plan, self._new_output()
         tokens = [*opened.prompt, *opened.generated]
         trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
-        past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
+        past = await replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
         if unread.token_ids or unread.tail:
             output.put(replace(unread, finish=None), len(opened.generated))
@@ -251,6 +257,12 @@ class Coordinator:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+
+
+async def _end(stream: Stream) -> None:
+    """Nobody reads the stream any more."""
+    if stream.generation is not None:
+        await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:

@@ -11,10 +11,12 @@ import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
+from redis import Redis
 
 from services.common import rpc
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.service import wait_until
+from services.common.session_store import Acquisition, SessionStore
 from services.coordinator import admission
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import running_coordinator
@@ -80,6 +82,32 @@ async def test_a_next_turn_may_follow_at_once_behind_a_stream_left(start_cluster
             call.cancel()
             turn = await cluster.generate(**{**request, "request_id": str(uuid.uuid4()), "max_tokens": 3})
             assert len(turn.tokens) == 3
+
+
+async def test_a_client_that_goes_away_while_its_session_is_acquired_leaves_no_session_that_seems_to_run(
+    cluster: Cluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquired, may_answer, acquire = asyncio.Event(), asyncio.Event(), SessionStore.acquire
+
+    async def acquire_slowly(store: SessionStore, acquisition: Acquisition) -> int:
+        epoch = await acquire(store, acquisition)
+        acquired.set()
+        await may_answer.wait()
+        return epoch
+
+    monkeypatch.setattr(SessionStore, "acquire", acquire_slowly)
+    request = new_request(max_tokens=1000)
+    call = cluster.stub.Generate(pb.GenerateRequest(**request))
+    async with asyncio.timeout(5):
+        await acquired.wait()
+        call.cancel()
+        await cluster.stub.ListModels(pb.ListModelsRequest())  # arrives behind the cancellation
+    may_answer.set()
+    with Redis.from_url(redis_url) as redis:
+        key = f"outrider:{{{request['session_id']}}}:meta"
+        assert await wait_until(lambda: redis.hget(key, "running") == b"0", 5.0)
+    turn = await cluster.generate(**{**request, "request_id": str(uuid.uuid4()), "max_tokens": 3})
+    assert len(turn.tokens) == 3
 
 
 async def test_more_alternatives_than_the_vocabulary_has_are_repeated_as_they_were(
