@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,9 +17,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from outrider.v1 import worker_pb2
 
 from services.common import wire
-from services.common.errors import OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
 from services.common.values import WorkerInfo, WorkerLoad
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
@@ -146,6 +149,9 @@ class ItemStream(Generic[Request, Response, Item]):
             outbox.end(None)
         except OutriderError as error:
             outbox.end(error)
+        except Exception:
+            log.exception("a stream of items cannot be read any more")
+            outbox.end(Internal("DEFECT", "internal error; the server's log has the detail"))
 
 
 class _Outbox:
