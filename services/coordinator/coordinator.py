@@ -205,7 +205,7 @@ class Coordinator:
         return Stream(_started(request, prompt, record.seed), output)
 
     async def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
-        plan, output = opened.plan, self._new_output()
+        plan, output = opened.plan, self._new_output(len(opened.generated))
         tokens = [*opened.prompt, *opened.generated]
         trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
         past = await replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
@@ -241,8 +241,12 @@ class Coordinator:
         if self._running.get(session_id) is running:
             del self._running[session_id]
 
-    def _new_output(self) -> Output:
-        return Output(max_unread_tokens=self._config.max_unread_tokens, slow_client_s=self._config.slow_client_s)
+    def _new_output(self, durable_len: int = 0) -> Output:
+        return Output(
+            max_unread_tokens=self._config.max_unread_tokens,
+            slow_client_s=self._config.slow_client_s,
+            durable_len=durable_len,
+        )
 
     async def _beat_streams(self) -> None:
         """Signs of life to clients whose streams are quiet."""

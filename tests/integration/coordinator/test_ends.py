@@ -158,6 +158,23 @@ async def test_a_seed_that_was_drawn_is_kept_on_resume(start_cluster: StartClust
         assert [*first.token_ids, *rest.tokens] == whole.tokens
 
 
+async def test_a_heartbeat_of_a_resumed_stream_counts_what_was_durable_before(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=replace(TARGET, simulated_step_ms=100.0), heartbeat_ms=10) as cluster:
+        request = new_request(max_tokens=30, num_draft_tokens=0)
+        call, num_received = cluster.stub.Generate(pb.GenerateRequest(**request)), 0
+        while num_received < 3:
+            num_received += len((await call.read()).token_ids)
+        call.cancel()
+        assert await wait_until(lambda: cluster.coordinator.coordinator.num_running == 0, 1.0)
+        resume = pb.ResumePoint(num_received_tokens=num_received)
+        again = cluster.stub.Generate(pb.GenerateRequest(**request, resume=resume))
+        assert (await again.read()).HasField("started")
+        heartbeat = await again.read()
+        assert not heartbeat.token_ids
+        assert heartbeat.durable_len >= num_received
+        again.cancel()
+
+
 async def test_many_resumes_at_once_leave_one_stream_and_one_generation(start_cluster: StartCluster) -> None:
     async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
         request = new_request(max_tokens=80)
