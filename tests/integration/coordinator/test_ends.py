@@ -189,7 +189,7 @@ async def test_many_resumes_at_once_leave_one_stream_and_one_generation(start_cl
 
 
 async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_sequences(
-    start_cluster: StartCluster,
+    start_cluster: StartCluster, redis_url: str
 ) -> None:
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with (
@@ -197,10 +197,18 @@ async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_seq
         grpc.aio.insecure_channel(f"127.0.0.1:{cluster.coordinator.port}", options=narrow) as channel,
     ):
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-        call = stub.Generate(pb.GenerateRequest(**new_request(max_tokens=30_000, num_draft_tokens=0)))
+        request = new_request(max_tokens=30_000, num_draft_tokens=0)
+        call = stub.Generate(pb.GenerateRequest(**request))
         await call.read()
-        await asyncio.sleep(2.0)
-        engine = cluster.target.engine
+        engine, lens = cluster.target.engine, [0]
+        with Redis.from_url(redis_url) as redis:
+
+            def is_blocked() -> bool:  # the record grows as long as the stream takes tokens
+                lens.append(redis.strlen(f"outrider:{{{request['session_id']}}}:tokens"))
+                return lens[-6:].count(lens[-1]) == 6
+
+            assert await wait_until(is_blocked, 30.0)
+        assert lens[-1] < 4 * 30_000
         assert engine.load.num_sequences == 1
         call.cancel()
         assert await wait_until(lambda: engine.load.num_sequences == 0, 1.0)

@@ -27,10 +27,11 @@ class SlowStore:
     """Stores commits once it may."""
 
     def __init__(self) -> None:
-        self.may_answer = asyncio.Event()
+        self.was_asked, self.may_answer = asyncio.Event(), asyncio.Event()
         self.stored: list[Commit] = []
 
     async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+        self.was_asked.set()
         await self.may_answer.wait()
         self.stored += commits
         return [None] * len(commits)
@@ -99,9 +100,10 @@ async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_
     committer.start()
     generation = new_generation(committer, output, FinishReason.LENGTH)
     generation.start()
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(1):
+        await store.was_asked.wait()
     waiting = asyncio.create_task(generation.stop(TAKEN_OVER))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
     store.may_answer.set()
