@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _ENDING_S = 0.2
 """What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
+_OPENING_S = 5.0
+"""What openings may take to end when the coordinator stops: more than the store takes to answer, or to be given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Coordinator:
     async def aclose(self) -> None:
         """Stops at once whatever still runs; streams end with Unavailable MOVED."""
         self._draining = True
+        await wait_until(lambda: not self._opening, _OPENING_S)
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
         await end_tasks(*self._hearts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc.aio
@@ -84,30 +84,59 @@ async def test_a_next_turn_may_follow_at_once_behind_a_stream_left(start_cluster
             assert len(turn.tokens) == 3
 
 
-async def test_a_client_that_goes_away_while_its_session_is_acquired_leaves_no_session_that_seems_to_run(
-    cluster: Cluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    acquired, may_answer, acquire = asyncio.Event(), asyncio.Event(), SessionStore.acquire
+@dataclass(frozen=True, slots=True)
+class SlowStore:
+    """Acquisitions are answered late."""
+
+    acquired: asyncio.Event = field(default_factory=asyncio.Event)
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@pytest.fixture
+def slow_store(monkeypatch: pytest.MonkeyPatch) -> SlowStore:
+    slow, acquire = SlowStore(), SessionStore.acquire
 
     async def acquire_slowly(store: SessionStore, acquisition: Acquisition) -> int:
         epoch = await acquire(store, acquisition)
-        acquired.set()
-        await may_answer.wait()
+        slow.acquired.set()
+        await slow.may_answer.wait()
         return epoch
 
     monkeypatch.setattr(SessionStore, "acquire", acquire_slowly)
+    return slow
+
+
+async def test_a_client_that_goes_away_while_its_session_is_acquired_leaves_no_session_that_seems_to_run(
+    cluster: Cluster, redis_url: str, slow_store: SlowStore
+) -> None:
     request = new_request(max_tokens=1000)
     call = cluster.stub.Generate(pb.GenerateRequest(**request))
     async with asyncio.timeout(5):
-        await acquired.wait()
+        await slow_store.acquired.wait()
         call.cancel()
         await cluster.stub.ListModels(pb.ListModelsRequest())  # arrives behind the cancellation
-    may_answer.set()
+    slow_store.may_answer.set()
     with Redis.from_url(redis_url) as redis:
         key = f"outrider:{{{request['session_id']}}}:meta"
         assert await wait_until(lambda: redis.hget(key, "running") == b"0", 5.0)
     turn = await cluster.generate(**{**request, "request_id": str(uuid.uuid4()), "max_tokens": 3})
     assert len(turn.tokens) == 3
+
+
+async def test_a_session_that_is_being_opened_when_the_coordinator_stops_has_moved(
+    cluster: Cluster, slow_store: SlowStore
+) -> None:
+    call = cluster.stub.Generate(pb.GenerateRequest(**new_request(max_tokens=1000)))
+    async with asyncio.timeout(5):
+        await slow_store.acquired.wait()
+        stopping = asyncio.create_task(cluster.coordinator.coordinator.aclose())
+        await asyncio.sleep(0)
+        slow_store.may_answer.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_to_the_end(call)
+        await stopping
+    error = rpc.error_from_rpc(caught.value)
+    assert (type(error), error.reason) == (Unavailable, "MOVED")
 
 
 async def test_more_alternatives_than_the_vocabulary_has_are_repeated_as_they_were(
