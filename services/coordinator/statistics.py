@@ -1,7 +1,7 @@
 """What a generation took: counts and times.
 
 Owns: how rounds add up, and the JSON that the session's record holds. Must not know: protobuf, sessions.
-Times are in milliseconds of the monotonic clock, and of one stream's part of the generation.
+Times are in milliseconds of the monotonic clock; they, rounds and drafts are of one stream's part of the generation.
 """
 
 from __future__ import annotations
