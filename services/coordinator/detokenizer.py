@@ -46,10 +46,10 @@ class WindowTextStream:
 
     The text of a token is what it adds to the decoding of the window before it. `context` are the tokens of the prompt,
     whose last ones begin the window, so that a leading space survives. Whatever decodes to a text ending in U+FFFD is
-    held back, for at most `MAX_HELD_TOKENS` tokens: no character takes more. The window always begins with a character:
+    held back, for at most `MAX_HELD_TOKENS` tokens: no character takes more. The window begins with a whole character:
     decoders make U+FFFD of every byte token in a row of which one character is incomplete.
 
-        window   [ text is out )[ held back )       once that is out too, the window is what was held back
+        window   [ text is out )[ held back )
     """
 
     MAX_HELD_TOKENS = 4
@@ -58,9 +58,7 @@ class WindowTextStream:
     def __init__(self, decode: Callable[[list[int]], str], hidden: frozenset[int], context: Sequence[int]) -> None:
         self._decode = decode
         self._hidden = hidden
-        self._window = self._end_of([token_id for token_id in context if token_id not in hidden])
-        self._num_done = len(self._window)
-        self._done_text = decode(self._window)
+        self._begin_with([token_id for token_id in context if token_id not in hidden])
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden:
@@ -81,17 +79,17 @@ class WindowTextStream:
             if text.startswith(self._done_text)
             else text[_common_len(text, self._done_text) :]
         )
-        self._window = self._window[self._num_done :]
-        self._num_done = len(self._window)
-        self._done_text = self._decode(self._window)
+        self._begin_with(self._window)
         return new
 
-    def _end_of(self, context: list[int]) -> list[int]:
-        """Its last tokens, NUM_CONTEXT_TOKENS and those before them that belong to the same character."""
+    def _begin_with(self, done: list[int]) -> None:
+        """The window's first tokens: the last NUM_CONTEXT_TOKENS, and those before them of the same character."""
         for num in range(self.NUM_CONTEXT_TOKENS, self.NUM_CONTEXT_TOKENS + self.MAX_HELD_TOKENS):
-            if not self._decode(context[-num:]).startswith("\ufffd"):
-                return context[-num:]
-        return context[-self.NUM_CONTEXT_TOKENS :]
+            self._window = done[-num:]
+            self._num_done = len(self._window)
+            self._done_text = self._decode(self._window)
+            if not self._done_text.startswith("\ufffd"):
+                break
 
 
 def _common_len(one: str, other: str) -> int:

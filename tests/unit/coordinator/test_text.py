@@ -80,6 +80,13 @@ def test_the_leading_space_behind_a_prompt_survives() -> None:
     assert stream.push(4) == " the"
 
 
+def test_a_token_without_text_takes_no_space_from_the_next_one() -> None:
+    assert (
+        read(WindowTextStream(lambda ids: sentencepiece_like([i for i in ids if i != 99]), frozenset(), ()), [2, 99, 4])
+        == "b the"
+    )
+
+
 def test_a_window_holds_back_bytes_of_an_incomplete_character() -> None:
     stream = WindowTextStream(sentencepiece_like, frozenset(), [2])
     assert [stream.push(100 + byte) for byte in "é".encode()] == ["", "é"]
