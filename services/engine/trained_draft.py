@@ -171,7 +171,7 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
         lacking = []
     if unexpected or lacking:
         raise ModelUnsupported(f"{directory.name} lacks weights or has others: {lacking} {unexpected}")
-    embedding = ends.embedding.float()
+    embedding = ends.embedding.float() * embedding_scale(module)
     if input_projection is not None:
         embedding = embedding @ input_projection.float().T
     head = ends.head[head_ids].float() @ output_projection.float()
@@ -188,6 +188,21 @@ def skeleton(config: Any, attention: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(
         small, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
+
+
+def embedding_scale(module: Any) -> float:
+    """What the model multiplies its token embeddings by as it looks them up (Gemma: the root of its width); mostly 1.
+
+    Raises ModelUnsupported for a look-up that does anything else.
+    """
+    lookup = module.get_input_embeddings()
+    with torch.no_grad():
+        stored, found = lookup.weight[0].float(), lookup(torch.zeros(1, dtype=torch.int64))[0].float()
+    if found.shape == stored.shape:
+        scale = float(found @ stored / (stored @ stored))
+        if torch.allclose(found, scale * stored, rtol=1e-4):
+            return scale
+    raise ModelUnsupported(f"the token embedding of {type(module).__name__} is no scaled look-up; no draft can share it")
 
 
 def _names_of(module: torch.nn.Module, *parts: torch.nn.Module) -> list[str]:

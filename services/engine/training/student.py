@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.common.errors import ConfigError, ModelUnsupported
-from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, read_layers, skeleton
+from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, embedding_scale, read_layers, skeleton
 
 PROJECTIONS = ("input_projection", "output_projection")
 
@@ -36,7 +36,7 @@ class Student(torch.nn.Module):
         self.causal = skeleton(config, "sdpa")
         self.base = self.causal.base_model
         width = config.get_text_config().hidden_size
-        self.register_buffer("embedding", ends.embedding.float(), persistent=False)
+        self.register_buffer("embedding", ends.embedding.float() * embedding_scale(self.causal), persistent=False)
         self.register_buffer("head", ends.head[head_ids].float(), persistent=False)
         self.head_ids = head_ids
         self.input_projection = _projection(width, hidden)
@@ -104,6 +104,9 @@ def student_config(target: Any, layers: tuple[int, ...], width: int) -> Any:
         )
     if getattr(text, "final_logit_softcapping", None):
         raise ModelUnsupported("kind: a target that caps its logits cannot lend its head to a draft")
+    for name in ("logits_scaling", "logit_scale"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ModelUnsupported(f"kind: a target that scales its logits ({name}) cannot lend its head to a draft")
     config = copy.deepcopy(text)
     if (kinds := getattr(text, "layer_types", None)) is not None:
         config.layer_types = None
