@@ -150,7 +150,7 @@ def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     engine = engine_of(config, failure, config.draft_target)
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
-    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler()
+    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler(config.min_draft_prob)
     drafter = ModelDrafter(PagedDraftModel(engine, sampler), blocks, prefill_budget=config.prefill_budget)
     if pair is None:
         return _Drafter(drafter, max_len, engine.close)

@@ -79,7 +79,8 @@ class TargetModel(Protocol):
 
 class DraftModel(Protocol):
     """Computes a step of the draft: as TargetModel, but num_rows is 0 or 1, `proposal` is None (the core appends
-    drafted tokens to the sequence itself), and a Work with a row yields one sampled token."""
+    drafted tokens to the sequence itself), and a Work with a row yields one sampled token, or None where that row ends
+    the proposal. Whether it does must not depend on what would be sampled from it."""
 
     @property
     def info(self) -> ModelInfo: ...

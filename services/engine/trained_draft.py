@@ -202,7 +202,9 @@ def embedding_scale(module: Any) -> float:
         scale = float(found @ stored / (stored @ stored))
         if torch.allclose(found, scale * stored, rtol=1e-4):
             return scale
-    raise ModelUnsupported(f"the token embedding of {type(module).__name__} is no scaled look-up; no draft can share it")
+    raise ModelUnsupported(
+        f"the token embedding of {type(module).__name__} is no scaled look-up; no draft can share it"
+    )
 
 
 def _names_of(module: torch.nn.Module, *parts: torch.nn.Module) -> list[str]:

@@ -75,6 +75,8 @@ def drafter_of(kind: str, target: PreTrainedModel) -> Drafter:
             return model_drafter(stranger, Sampler())
         case "identical":
             return model_drafter(target, Sampler())
+        case "uncertain":
+            return model_drafter(near, Sampler(min_prob=0.4))
         case "lying":
             return model_drafter(near, LyingSampler())
         case "translated":
@@ -112,6 +114,7 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
         ("bad", "top_k"),
         ("identical", "top_k"),
         ("deterministic", "penalties"),
+        ("uncertain", "top_k"),
         ("lying", "penalties"),
         ("translated", "penalties"),
         ("translated", "top_k"),

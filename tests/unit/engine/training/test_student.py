@@ -35,9 +35,7 @@ def test_a_student_of_all_layers_starts_as_its_target_and_is_served_so(family: s
     torch.testing.assert_close(student.logits(student(tokens)), expected, rtol=1e-4, atol=1e-4)
     manifest = Manifest(str(target), read_ends(target).digest, "", 300, layers=LAYERS)
     student.export(tmp_path / "draft", manifest, torch.float32)
-    served = load_trained_draft(
-        tmp_path / "draft", load_config(tmp_path / "draft"), target, torch.float32, "sdpa"
-    )
+    served = load_trained_draft(tmp_path / "draft", load_config(tmp_path / "draft"), target, torch.float32, "sdpa")
     torch.testing.assert_close(served(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
