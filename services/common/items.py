@@ -47,6 +47,8 @@ class Open:
     fork: int = 0
     cache_salt: bytes = b""
     """Cached prefixes are shared only between sequences of the same salt."""
+    features: bool = False
+    """Target only: its answers shall carry features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Propose:
     committed_tokens: tuple[int, ...]
     num_draft_tokens: int
     proposal_id: int
+    features: bytes = b""
+    """Of the newest committed tokens, the newest last, as Tokens had them; for none or more tokens than these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ class Tokens:
     num_cached_tokens: int = 0
     step_ns: int = 0
     step_rows: int = 0
+    features: bytes = b""
+    """float16: the final hidden state that each token was chosen from, one after the other. Empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)

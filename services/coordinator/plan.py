@@ -31,12 +31,14 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    features: bool = False
+    """Whether the draft uses the target's features."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
 
     def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
-        return self._open(identity, tokens, self.sampling, self.max_len)
+        return replace(self._open(identity, tokens, self.sampling, self.max_len), features=self.features)
 
     def draft_open(self, identity: Identity, tokens: Sequence[int], max_sequence_len: int) -> Open:
         """Under rejection the draft gets a derived seed: it must not know the target's noise."""

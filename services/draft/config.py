@@ -23,7 +23,7 @@ class DraftConfig(WorkerConfig):
     drafter: str = setting("ngram", f"How tokens are proposed: {DRAFTER_HELP}.")
     draft_target: str = setting("", "Target that a trained draft was trained for; empty: as the draft names it.")
     min_draft_prob: float = setting(
-        0.0, "With the drafter model: end a proposal before a token whose best candidate is less likely; 0: never."
+        0.0, "Drafters model and features: end a proposal before a token whose best candidate is less likely; 0: never."
     )
     chain_min_match: int = setting(3, "In a chain, a lookup's match of fewer tokens is left to the next drafter.")
     target_tokenizer: str = setting(
@@ -67,8 +67,8 @@ class DraftConfig(WorkerConfig):
             raise ConfigError(f"target_tokenizer: only the drafter model can translate, not {self.drafter}")
         if self.tensor_parallel_size > 1 and chain[-1] != "model":
             raise ConfigError(f"tensor_parallel_size: the drafter {self.drafter} has no model to cut into shards")
-        if self.min_draft_prob and (chain[-1] != "model" or self.target_tokenizer):
-            raise ConfigError("min_draft_prob: it goes with the drafter model, of the target's vocabulary")
+        if self.min_draft_prob and (chain[-1] not in ("model", "features") or self.target_tokenizer):
+            raise ConfigError("min_draft_prob: it goes with the drafters model and features, in the target's own ids")
         limits = {
             "min_draft_prob": (0, 1),
             "chain_min_match": (1, 15),

@@ -53,6 +53,8 @@ class Verdict(NamedTuple):
     rows_replaced: bool = False
     rows: tuple[SparseRow | None, ...] = ()
     """Where a draft verified another one's tokens (drafters.staged): what the tokens are distributed as; () = none."""
+    features: bytes = b""
+    """float16, one row a token: the hidden state it was chosen from, where the sequence asks and the model has it."""
 
 
 class Sampled(NamedTuple):

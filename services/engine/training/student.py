@@ -18,6 +18,7 @@ from torch import Tensor
 
 from services.common.errors import ConfigError, ModelUnsupported
 from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, embedding_scale, read_layers, skeleton
+from services.engine.training.corpus import Batch
 
 PROJECTIONS = ("input_projection", "output_projection")
 
@@ -28,12 +29,12 @@ class Student(torch.nn.Module):
     embedding: Tensor
     head: Tensor
 
-    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, kind: str = "model") -> None:
+    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, kind: str = "model", attention: str = "sdpa") -> None:
         """`config`: of the student, see `student_config`. Weights are random until `start_from` or a checkpoint."""
         super().__init__()
         self._kind = kind
         self.config, hidden = config, ends.embedding.shape[1]
-        self.causal = skeleton(config, "sdpa")
+        self.causal = skeleton(config, attention)
         self.base = self.causal.base_model
         width = config.get_text_config().hidden_size
         self.register_buffer("embedding", ends.embedding.float() * embedding_scale(self.causal), persistent=False)
@@ -41,10 +42,14 @@ class Student(torch.nn.Module):
         self.head_ids = head_ids
         self.input_projection = _projection(width, hidden)
         self.output_projection = _projection(hidden, width)
+        self.add_inputs()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
+
+    def add_inputs(self) -> None:
+        """Adds parameters that a kind has for inputs of its own."""
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by the names they are exported under."""
@@ -67,6 +72,13 @@ class Student(torch.nn.Module):
         inputs = torch.nn.functional.embedding(tokens, self.embedding) @ self.input_projection.T
         hidden: Tensor = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return hidden
+
+    def passes(self, batch: Batch, num_passes: int, cut: bool = False) -> list[Tensor]:
+        """Hidden states [B, T, width] by place in a draft; the last ones count for all places beyond.
+
+        `cut`: keep from some conversations what is not always there in service.
+        """
+        return [self(batch.tokens)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [P, width] to float32 logits [P, R]."""
