@@ -207,10 +207,10 @@ def embedding_scale(module: Any) -> float:
     lookup = module.get_input_embeddings()
     with torch.no_grad():
         stored, found = lookup.weight[0].float(), lookup(torch.zeros(1, dtype=torch.int64))[0].float()
-    if found.shape == stored.shape:
-        scale = float(found @ stored / (stored @ stored))
-        if torch.allclose(found, scale * stored, rtol=1e-4):
-            return scale
+        if found.shape == stored.shape:
+            scale = float((found @ stored / (stored @ stored)).detach())
+            if torch.allclose(found, scale * stored, rtol=1e-4):
+                return scale
     raise ModelUnsupported(
         f"the token embedding of {type(module).__name__} is no scaled look-up; no draft can share it"
     )

@@ -61,6 +61,9 @@ rows = st.builds(
 )
 
 
+features = st.binary(max_size=20)
+
+
 @st.composite
 def opens(draw: st.DrawFn) -> Open:
     prefix = draw(st.lists(u32, min_size=1, max_size=30).map(tuple))
@@ -76,6 +79,7 @@ def opens(draw: st.DrawFn) -> Open:
         num_top_log_probs=draw(u32),
         fork=draw(u32),
         cache_salt=draw(st.binary(max_size=40)),
+        features=draw(st.booleans()),
     )
 
 
@@ -101,7 +105,10 @@ def test_target_items_survive_the_wire(items: list) -> None:
 
 @fast
 @given(
-    st.lists(opens() | st.builds(Propose, identities, token_ids, u32, u32) | st.builds(Close, identities), max_size=5)
+    st.lists(
+        opens() | st.builds(Propose, identities, token_ids, u32, u32, features) | st.builds(Close, identities),
+        max_size=5,
+    )
 )
 def test_draft_items_survive_the_wire(items: list) -> None:
     data = wire_draft.encode_items(items).SerializeToString()
@@ -133,6 +140,7 @@ def tokens_results(draw: st.DrawFn) -> Tokens:
         num_cached_tokens=draw(u32),
         step_ns=draw(u32),
         step_rows=draw(u32),
+        features=draw(features),
     )
 
 
@@ -155,6 +163,19 @@ def test_target_results_survive_the_wire(results: list) -> None:
 def test_draft_results_survive_the_wire(results: list) -> None:
     data = wire_draft.encode_results(results, WorkerLoad()).SerializeToString()
     assert wire_draft.decode_results(draft_pb2.DraftStreamResponse.FromString(data)) == results
+
+
+@pytest.mark.parametrize("size", [1000, wire.MAX_FEATURE_BYTES // 3])
+def test_features_of_a_message_are_bounded_and_whoever_is_last_goes_without(size: int) -> None:
+    identity, rows = Identity("s", 1, 1, 0, 3), bytes(size)
+    results = [Tokens(identity, (1,), 0, 0, True, features=rows) for _ in range(8)]
+    response = wire_target.encode_results(results, WorkerLoad())
+    kept = [bool(result.features) for result in wire_target.decode_results(response)]
+    assert kept == [i < wire.MAX_FEATURE_BYTES // size for i in range(8)]
+    request = wire_draft.encode_items([Propose(identity, (1,), 2, 3, rows) for _ in range(8)])
+    items, _ = wire_draft.decode_items(request, assembler())
+    assert [bool(item.features) for item in items] == kept
+    assert request.ByteSize() < 4 << 20
 
 
 def test_a_refusal_keeps_its_code_reason_and_retry_hint() -> None:
@@ -233,7 +254,7 @@ def test_worker_info_survives_the_wire() -> None:
         "id", "target", ModelInfo("m", "d", "v", 257, "float32", "cpu"), "", 16, 8, 4096, WorkerLoad(1), 1, 1, 2.5
     )
     assert wire.info_from_proto(wire.info_to_proto(info)) == info
-    bare = WorkerInfo("id", "draft", None, "ngram", 16, 8, 4096)
+    bare = WorkerInfo("id", "draft", None, "ngram", 16, 8, 4096, wants_features=True)
     assert wire.info_from_proto(wire.info_to_proto(bare)) == bare
 
 

@@ -12,21 +12,12 @@ import transformers
 from safetensors.torch import load_file
 
 from services.common.errors import ConfigError
-from services.common.items import Proposed
-from services.draft.core import DraftCore
-from services.engine.block_manager import BlockManager
-from services.engine.digest import directory_vocab_digest
-from services.engine.drafters.features import FeatureDrafter
-from services.engine.feature_draft import FeatureDraftModel
-from services.engine.models import load_config
-from services.engine.paged_model import EngineOptions, load_engine
-from services.engine.sampler import Sampler
-from services.engine.trained_draft import Manifest, read_ends
 from services.engine.training.corpus import Batch
-from services.engine.training.feature_student import FeatureStudent, load_target
-from services.engine.training.student import start_from, student_config
+from services.engine.training.feature_student import load_target
+from tests.feature_drafts import export, feature_student
 from tests.tiny_models import save_model
-from tests.unit.engine.training.builders import QUIET, StopAfter, settings, train
+from tests.unit.engine.feature_cores import drafted_by, feature_core
+from tests.unit.engine.training.builders import StopAfter, settings, train
 from tests.unit.item_builders import open_item, propose
 
 NUM_TOLD, NUM_DRAFTED = 12, 4
@@ -55,22 +46,16 @@ def batch_of(tokens: list[int], num_unanswered: int) -> Batch:
 def test_the_passes_are_what_the_engine_drafts(family: str, tmp_path: Path) -> None:
     """In pass j, behind the commits that the draft was opened with, stands the engine's j-th drafted token."""
     directory = save_model(tmp_path / "target", family, vocab_size=300, sliding_window=8)
-    torch.manual_seed(3)
-    ends, target = read_ends(directory), load_target(directory, torch.float32)
-    student = FeatureStudent(student_config(load_config(directory), (0, 1), 0), ends, torch.arange(300), target)
-    start_from(student, directory, (0, 1), 0)
-    student.feature_projection.normal_(0.0, 0.3)
-    vocab_digest = directory_vocab_digest(directory)
-    manifest = Manifest(str(directory), ends.digest, vocab_digest, 300, "features", (0, 1))
-    student.eval().export(tmp_path / "draft", manifest, torch.float32)
+    student = feature_student(directory, strength=0.3)
+    export(student, directory, tmp_path / "draft")
     tokens = torch.randint(1, 300, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    hidden = target(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    hidden = student.target(input_ids=torch.tensor([tokens])).last_hidden_state[0]
     told = hidden[len(tokens) - NUM_TOLD - 1 : -1].half().numpy().tobytes()
 
-    core = feature_core(tmp_path / "draft", tmp_path)
+    core = feature_core(tmp_path / "draft")
     opening = open_item(prefix=tuple(tokens), eos_token_ids=frozenset())
     asked = replace(propose("a", len(tokens), (), NUM_DRAFTED), features=told)
-    drafted = draft(core, [opening, asked])
+    drafted = drafted_by(core, opening, asked)
     assert len(drafted) == NUM_DRAFTED
 
     passes = student.passes(batch_of([*tokens, *drafted], len(tokens) - NUM_TOLD), NUM_DRAFTED)
@@ -78,22 +63,6 @@ def test_the_passes_are_what_the_engine_drafts(family: str, tmp_path: Path) -> N
     best = [int(student.logits(each[0, p]).argmax()) for p, each in zip(at, passes, strict=True)]
     assert best == drafted
     assert [int(student.logits(passes[0][0, p]).argmax()) for p in at] != drafted, "the passes are all the same"
-
-
-def feature_core(draft: Path, cache_dir: Path) -> DraftCore:
-    engine = load_engine(EngineOptions(str(draft), cache_dir, num_blocks=32, block_size=8), QUIET)
-    blocks = BlockManager(engine.num_blocks, engine.block_size)
-    drafter = FeatureDrafter(FeatureDraftModel(engine, Sampler()), blocks)
-    return DraftCore(drafter, max_sequences=4, max_sequence_len=64, max_draft_tokens=8)
-
-
-def draft(core: DraftCore, items: list) -> list[int]:
-    results = core.handle(1, items)
-    while core.has_work:
-        results += core.step()
-        core.check_integrity()
-    (proposed,) = [result for _, result in results if isinstance(result, Proposed)]
-    return list(proposed.proposal.token_ids)
 
 
 def test_a_trained_head_foresees_more_than_an_untrained_one(target: Path, trained: Path, tmp_path: Path) -> None:
