@@ -8,8 +8,11 @@ in training.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from services.engine.transfer import to_device
 
 MAX_ROWS = 2048
 """Tokens of a step that may have features; those behind go without."""
@@ -52,7 +55,7 @@ class FeatureInput(torch.nn.Module):
         kept = [(index, row) for index, row in zip(indices, features, strict=True) if index < MAX_ROWS]
         self.rows[:num_tokens].zero_()
         if kept:
-            at = torch.tensor([index for index, _ in kept], device=self.rows.device)
+            at = to_device(np.array([index for index, _ in kept]), self.rows.device)
             self.rows.index_copy_(0, at, torch.stack([row for _, row in kept]).to(self.rows.dtype))
 
     def forward(self, token_ids: Tensor) -> Tensor:
