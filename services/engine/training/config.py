@@ -44,6 +44,9 @@ class TrainingConfig:
     num_sequences: int = setting(0, "Conversations written at once; 0: 96 on CPU, 512 on CUDA.")
     max_conversation_len: int = setting(1024, "Most tokens of a conversation.")
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
+    start: str = setting(
+        "", "Trained draft of the same layers to start from, in place of the target's; its output vocabulary stays."
+    )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")
     head_tokens: int = setting(8192, "Output vocabulary: the most frequent tokens of the self-play.")
@@ -85,6 +88,8 @@ class TrainingConfig:
             raise ConfigError("width: an early exit is as wide as its target; leave it out")
         if self.kind == "features" and self.width:
             raise ConfigError("width: a head on features is as wide as its target; leave it out")
+        if self.start and self.kind == "early_exit":
+            raise ConfigError("start: an early exit starts from its target; leave it out")
         self.layer_indices  # noqa: B018 - raises where they are malformed
 
     @property

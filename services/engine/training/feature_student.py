@@ -38,8 +38,9 @@ class FeatureStudent(Student):
         self.target = target.requires_grad_(False)
 
     def add_inputs(self) -> None:
+        """At the start features count for nothing, so that the head begins as a draft without them."""
         width = self.config.get_text_config().hidden_size
-        self.feature_projection = torch.nn.Parameter(torch.randn(width, width) * 0.1 * width**-0.5)
+        self.feature_projection = torch.nn.Parameter(torch.zeros(width, width))
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return super().trained() | {"feature_projection": self.feature_projection}

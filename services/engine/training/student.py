@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.common.errors import ConfigError, ModelUnsupported
-from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, embedding_scale, read_layers, skeleton
+from services.engine.models import load_config
+from services.engine.trained_draft import (
+    EARLY_EXIT,
+    SECTION,
+    Ends,
+    Manifest,
+    embedding_scale,
+    read_layers,
+    read_manifest,
+    skeleton,
+)
 from services.engine.training.corpus import Batch
 
 PROJECTIONS = ("input_projection", "output_projection")
+FEATURE_PROJECTION = "feature_projection"
 
 
 class Student(torch.nn.Module):
@@ -129,6 +140,30 @@ def student_config(target: Any, layers: tuple[int, ...], width: int) -> Any:
     if width and width != text.hidden_size:
         _narrow(config, width)
     return config
+
+
+def read_draft(directory: Path, embedding_digest: str) -> dict[str, Tensor]:
+    """Weights of a trained draft, by name, to start another one from. Raises ConfigError for one of another target."""
+    manifest = read_manifest(load_config(directory)) if (directory / "config.json").is_file() else None
+    if manifest is None:
+        raise ConfigError(f"start: {directory} is no trained draft")
+    if manifest.embedding_digest != embedding_digest:
+        raise ConfigError(f"start: {directory} was trained for {manifest.target}, which has other embeddings")
+    return load_file(directory / "model.safetensors")
+
+
+def continue_from(student: Student, weights: dict[str, Tensor]) -> None:
+    """Copies a trained draft's weights. Features that it did not know count for nothing yet. Raises ConfigError."""
+    parameters = student.trained()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name == FEATURE_PROJECTION and name not in weights:
+                continue
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise ConfigError(f"start: the draft has no {name} of the shape {tuple(parameter.shape)}")
+            parameter.copy_(weights[name])
+    if others := sorted(weights.keys() - parameters.keys() - {"head_ids"}):
+        raise ConfigError(f"start: the draft has weights that this one lacks: {', '.join(others)}")
 
 
 def _narrow(config: Any, width: int) -> None:

@@ -28,7 +28,7 @@ from services.engine.training.display import progress as show_progress
 from services.engine.training.feature_student import FeatureStudent, load_target
 from services.engine.training.shards import ShardStore
 from services.engine.training.stop import Stop
-from services.engine.training.student import Student, start_from, student_config
+from services.engine.training.student import Student, continue_from, read_draft, start_from, student_config
 from services.engine.training.trainer import Recipe, Trainer
 from services.engine.training.writing import dtype_of
 
@@ -72,23 +72,32 @@ class Teaching:
         corpus = self.open_corpus(None)
         ends = read_ends(self._target)
         vocab_size = len(ends.embedding)
-        resumes = path.exists()
+        resumes, start = path.exists(), self._start(ends)
         if resumes:
             done, head_ids = checkpoint.read_progress(path)
             self._check_settings(done)
         else:
             done = Progress({name: getattr(self._config, name) for name in _SETTINGS})
-            chosen = head_tokens(corpus.token_mass(vocab_size), min(self._config.head_tokens, vocab_size), always)
-            head_ids = torch.from_numpy(chosen)
+            head_ids = start["head_ids"].long() if start else self._head_ids(corpus, vocab_size, always)
         layers, width = self._config.layer_indices, self._config.width
         torch.manual_seed(self._config.seed)
         student = self._student(student_config(load_config(self._target), layers, width), ends, head_ids)
         if not resumes or self._config.kind == EARLY_EXIT:  # whose layers no checkpoint holds
             start_from(student, self._target, layers, width)
+        if start and not resumes:
+            continue_from(student, start)
         trainer = Trainer(student, self._recipe(), self._device, vocab_size, done)
         if resumes:
             trainer.load(path)
         return Lesson(trainer, path, corpus)
+
+    def _head_ids(self, corpus: Corpus, vocab_size: int, always: frozenset[int]) -> torch.Tensor:
+        num = min(self._config.head_tokens, vocab_size)
+        return torch.from_numpy(head_tokens(corpus.token_mass(vocab_size), num, always))
+
+    def _start(self, ends: Ends) -> dict[str, torch.Tensor]:
+        """Weights of the draft to start from, if there is one."""
+        return read_draft(Path(self._config.start), ends.digest) if self._config.start else {}
 
     def _student(self, config: Any, ends: Ends, head_ids: torch.Tensor) -> Student:
         if self._config.kind != FEATURES:

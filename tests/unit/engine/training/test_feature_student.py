@@ -105,3 +105,20 @@ def test_features_are_the_targets_last_hidden_states(target: Path) -> None:
 def test_a_head_is_as_wide_as_its_target(target: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="width: a head on features is as wide as its target"):
         settings(target, tmp_path, kind="features", width=16)
+
+
+def test_a_head_starts_as_the_draft_that_it_continues(target: Path, tmp_path: Path) -> None:
+    shared = {"self_play": str(tmp_path / "self-play"), "train_tokens": 20_000}
+    train(settings(target, tmp_path / "model", head_tokens=150, **shared))
+    start = {"stage": "train", "kind": "features", "start": str(tmp_path / "model")}
+    train(settings(target, tmp_path / "head", **(shared | start | {"train_tokens": 1, "learning_rate": 1e-7})))
+    model, head = (json.loads((tmp_path / name / "report.json").read_text())["held_out"] for name in ("model", "head"))
+    assert head["loss"] == pytest.approx(model["loss"], rel=1e-3)
+    assert load_file(tmp_path / "head" / "model.safetensors")["head_ids"].shape == (150,)
+    with pytest.raises(ConfigError, match=r"start: the draft has no .*layers\.1"):
+        train(settings(target, tmp_path / "deep", layers="0,1", **(shared | start)))
+    with pytest.raises(ConfigError, match=r"start: .* is no trained draft"):
+        train(settings(target, tmp_path / "none", **(shared | start | {"start": str(target)})))
+    other = save_model(tmp_path / "other", vocab_size=300, seed=1)
+    with pytest.raises(ConfigError, match=r"start: .* which has other embeddings"):
+        train(settings(other, tmp_path / "away", **(start | {"stage": "all", "self_play_tokens": 3_000})))
