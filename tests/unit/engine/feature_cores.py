@@ -27,8 +27,10 @@ class RecordingModel(FeatureDraftModel):
         return super().step(works)
 
 
-def feature_model(draft: Path) -> RecordingModel:
-    options = EngineOptions(str(draft), draft, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+def feature_model(draft: Path, device: str = "cpu", cuda_graph_rows: int = 64) -> RecordingModel:
+    options = EngineOptions(
+        str(draft), draft, device=device, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, cuda_graph_rows=cuda_graph_rows
+    )
     return RecordingModel(load_engine(options, Reporter(quiet=True)), Sampler())
 
 
