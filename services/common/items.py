@@ -47,6 +47,8 @@ class Open:
     fork: int = 0
     cache_salt: bytes = b""
     """Cached prefixes are shared only between sequences of the same salt."""
+    traceparent: str = ""
+    """The generation's trace (services.common.tracing); empty: it is not traced."""
     features: bool = False
     """Target only: its answers shall carry features."""
 
@@ -66,6 +68,7 @@ class Propose:
     committed_tokens: tuple[int, ...]
     num_draft_tokens: int
     proposal_id: int
+    parent_span_id: int = 0
     features: bytes = b""
     """Of the newest committed tokens, the newest last, as Tokens had them; for none or more tokens than these."""
 
@@ -76,6 +79,7 @@ class Verify:
 
     identity: Identity
     proposal: Proposal
+    parent_span_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Decode:
 
     identity: Identity
     num_free_tokens: int
+    parent_span_id: int = 0
 
 
 DraftItem = Open | Propose | Close

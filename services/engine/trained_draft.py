@@ -181,7 +181,7 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
         embedding = embedding @ input_projection.float().T
     head = ends.head[head_ids].float() @ output_projection.float()
     if feature_projection is None:
-        lookup: torch.nn.Module = torch.nn.Embedding(*embedding.shape, _weight=embedding, _freeze=True)
+        lookup: torch.nn.Module = torch.nn.Embedding.from_pretrained(embedding, freeze=True)
     else:
         lookup = FeatureInput(embedding, feature_projection.float())
     module.set_input_embeddings(lookup)

@@ -125,7 +125,11 @@ def generate(
         identities = {session: Identity(session, 1, attempt, round_number, len(tokens[session])) for session in running}
         asked = [
             Propose(
-                identity, tuple(committed[session]), 1 + sampling_of[session].seed % 3, round_number, features[session]
+                identity,
+                tuple(committed[session]),
+                1 + sampling_of[session].seed % 3,
+                round_number,
+                features=features[session],
             )
             for session, identity in identities.items()
         ]
