@@ -41,7 +41,7 @@ class FeatureInput(torch.nn.Module):
     def __init__(self, table: Tensor, projection: Tensor) -> None:
         """`table` [V, width]: the embeddings. `projection` [width, hidden]: of features."""
         super().__init__()
-        self.lookup = torch.nn.Embedding.from_pretrained(table, freeze=True)
+        self.lookup = torch.nn.Embedding.from_pretrained(table, freeze=True)  # type: ignore[no-untyped-call]
         self.projection = torch.nn.Linear(projection.shape[1], projection.shape[0], bias=False, device="meta")
         self.projection.weight = torch.nn.Parameter(projection, requires_grad=False)
         self.register_buffer("rows", torch.zeros(MAX_ROWS, projection.shape[1]), persistent=False)

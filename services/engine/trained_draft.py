@@ -181,10 +181,10 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
         embedding = embedding @ input_projection.float().T
     head = ends.head[head_ids].float() @ output_projection.float()
     if feature_projection is None:
-        lookup: torch.nn.Module = torch.nn.Embedding.from_pretrained(embedding, freeze=True)
+        plain = torch.nn.Embedding.from_pretrained(embedding, freeze=True)  # type: ignore[no-untyped-call]
+        module.set_input_embeddings(plain)
     else:
-        lookup = FeatureInput(embedding, feature_projection.float())
-    module.set_input_embeddings(lookup)
+        module.set_input_embeddings(FeatureInput(embedding, feature_projection.float()))
     module.set_output_embeddings(ReducedHead(head, head_ids, manifest.vocab_size))
     module.config.vocab_size = manifest.vocab_size
     return module.to(dtype).eval()

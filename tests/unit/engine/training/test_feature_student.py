@@ -71,7 +71,7 @@ def test_a_trained_head_foresees_more_than_an_untrained_one(target: Path, traine
     before, after = (json.loads((out / "report.json").read_text())["held_out"] for out in (tmp_path, trained))
     assert after["num_tokens"] == before["num_tokens"] > 50
     assert after["loss"] < 0.7 * before["loss"]
-    assert after["greedy_acceptance"] > before["greedy_acceptance"] + 0.1
+    assert after["greedy_acceptance"] > before["greedy_acceptance"] + 0.05
     assert after["mean_acceptance_len"] > before["mean_acceptance_len"] + 0.1
     assert len(after["conditional_acceptance"]) == 5
 
