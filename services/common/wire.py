@@ -30,6 +30,9 @@ from services.common.values import (
 MAX_PIECE_BYTES = 65_536
 """An Open's token prefix travels in pieces of at most this size."""
 
+MAX_FEATURE_BYTES = 2 << 20
+"""Features in one message, of all its items together."""
+
 _METHODS = {
     VerificationMethod.COUPLED: sampling_pb2.VERIFICATION_METHOD_COUPLED,
     VerificationMethod.REJECTION: sampling_pb2.VERIFICATION_METHOD_REJECTION,
@@ -202,6 +205,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         load=load_to_proto(info.load),
         startup_ms=info.startup_ms,
         activity=worker_pb2.WorkerActivity(**dataclasses.asdict(info.activity)),
+        wants_features=info.wants_features,
     )
     if model := info.model:
         response.model.CopyFrom(
@@ -234,6 +238,7 @@ def info_from_proto(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         noise_version=message.noise_version,
         startup_ms=message.startup_ms,
         activity=activity_from_proto(message.activity),
+        wants_features=message.wants_features,
     )
 
 
@@ -262,6 +267,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             fork=item.fork,
             cache_salt=item.cache_salt,
             traceparent=item.traceparent,
+            features=item.features,
         )
     )
     return pieces
@@ -273,6 +279,20 @@ def close_to_proto(item: Close) -> worker_pb2.CloseItem:
 
 def close_from_proto(message: worker_pb2.CloseItem) -> Close:
     return Close(identity_from_proto(message.identity))
+
+
+class FeatureBudget:
+    """The features of one message: whoever comes last goes without, so that the message stays below the 4 MB cap."""
+
+    def __init__(self) -> None:
+        self._num_left_bytes = MAX_FEATURE_BYTES
+
+    def take(self, features: bytes) -> bytes:
+        """The features if there is room for them, else none."""
+        if len(features) > self._num_left_bytes:
+            return b""
+        self._num_left_bytes -= len(features)
+        return features
 
 
 class OpenAssembler:
@@ -325,6 +345,7 @@ class OpenAssembler:
             fork=message.fork,
             cache_salt=message.cache_salt,
             traceparent=message.traceparent,
+            features=message.features,
         )
 
 

@@ -15,6 +15,7 @@ from typing import TypeGuard
 from services.common.errors import DeadlineExceeded, InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
 from services.common.values import Proposal, WorkerInfo
+from services.coordinator.feature_relay import FeatureRelay
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.route import Route
@@ -61,6 +62,8 @@ class DraftSequence:
         self._info: WorkerInfo | None = None
         """Of the worker that it was last opened on."""
         self.num_cached_tokens = 0
+        self.features = FeatureRelay()
+        """Of the newest committed tokens; the generation adds what the target tells."""
 
     @property
     def wanted(self) -> bool:
@@ -99,6 +102,7 @@ class DraftSequence:
         self._lane.on_result, self._lane.on_broken = self._on_result, self._lose
         self._lane.send(self._plan.draft_open(identity, self._tokens, link.info.max_sequence_len))
         self._told_len = len(self._tokens)
+        self.features.rewind()
 
     async def propose(self, round_number: int, num_draft_tokens: int, parent_span_id: int = 0) -> Proposed | None:
         """At most `num_draft_tokens` valid tokens behind the committed ones.
@@ -154,7 +158,8 @@ class DraftSequence:
         base_len = len(self._tokens)
         committed = tuple(self._tokens[self._told_len :])
         identity = self._plan.identity(self._attempt, self._round, base_len)
-        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals, parent_span_id))
+        features = self.features.take()
+        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals, parent_span_id, features))
         self._told_len = base_len
 
     def _on_result(self, result: DraftResult) -> bool:

@@ -257,6 +257,7 @@ class Generation:
         kept = self._trimmer.trim(result.token_ids, origins, result.log_probs, result.top_log_probs)
         self._finish = kept.finish
         self._tokens += kept.token_ids
+        self._draft.features.add(result, len(kept.token_ids))
         return kept
 
     async def _commit_and_emit(self, kept: Trimmed) -> None:

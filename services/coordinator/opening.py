@@ -206,6 +206,7 @@ def _plan(
         num_top_log_probs=request.num_top_log_probs,
         vocab_size=placed.model.vocab_size,
         adaptive=request.num_draft_tokens is None,
+        features=placed.draft is not None and placed.draft.wants_features,
     )
 
 

@@ -35,6 +35,8 @@ class GenerationPlan:
     adaptive: bool = False
     traceparent: str = ""
     """The generation's trace; empty: it is not traced."""
+    features: bool = False
+    """Whether the draft uses the target's features."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
@@ -44,7 +46,7 @@ class GenerationPlan:
         return work_fields(self.session_id, round_number, trace_id_of(self.traceparent))
 
     def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
-        return self._open(identity, tokens, self.sampling, self.max_len)
+        return replace(self._open(identity, tokens, self.sampling, self.max_len), features=self.features)
 
     def draft_open(self, identity: Identity, tokens: Sequence[int], max_sequence_len: int) -> Open:
         """Under rejection the draft gets a derived seed: it must not know the target's noise."""
