@@ -74,10 +74,8 @@ class GenerationRequest:
 
     def parameters(self) -> str:
         """The parameters as JSON, for the session's record. The prompt is not among them."""
-        values = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in ("session_id", "request_id", "input", "resume")
-        }
-        values["verification"] = self.verification.value
+        left_out = ("session_id", "request_id", "input", "resume")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        values: dict[str, object] = {name: getattr(self, name) for name in names}
+        values |= {"sampling": dataclasses.asdict(self.sampling), "verification": self.verification.value}
         return json.dumps(values, sort_keys=True)
