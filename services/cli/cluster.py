@@ -35,6 +35,14 @@ _DRAIN_S = "0.5"
 _MAX_SOCKET_PATH_LEN = 100
 
 
+class PoolSpec(NamedTuple):
+    """Drafts of one kind: what requests name them by (empty: nothing), how they draft, and with which model."""
+
+    name: str
+    drafter: str
+    draft: str
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
@@ -60,6 +68,13 @@ class ClusterSpec:
     target_port: int = 0
     num_targets: int = 1
     num_drafts: int = 1
+    """Of each pool."""
+    named_pools: tuple[PoolSpec, ...] = ()
+    """In place of the one pool of `drafter` and `draft`."""
+
+    @property
+    def pools(self) -> tuple[PoolSpec, ...]:
+        return self.named_pools or (PoolSpec("", self.drafter, self.draft),)
 
     @property
     def target_ports(self) -> tuple[int, ...]:
@@ -68,7 +83,7 @@ class ClusterSpec:
 
     @property
     def draft_ports(self) -> tuple[int, ...]:
-        return _ports(self.draft_port, self.num_drafts)
+        return _ports(self.draft_port, self.num_drafts * len(self.pools))
 
 
 def _ports(first: int, number: int) -> tuple[int, ...]:
@@ -127,8 +142,8 @@ class Cluster:
 
     @property
     def drafts(self) -> list[str]:
-        """Names of the draft processes."""
-        return worker_names("draft", self._spec.num_drafts)
+        """Names of the draft processes, one pool's after the other's."""
+        return worker_names("draft", len(self._spec.draft_ports))
 
     def address_of(self, service: str) -> str:
         return f"{_HOST}:{self._ports[service]}"
@@ -159,26 +174,26 @@ class Cluster:
         spec = self._spec
         check_ports(spec.coordinator_port, *spec.draft_ports, *spec.target_ports)
         target = prepare_model(spec.target)
-        chain = parse_chain(spec.drafter)
-        draft = prepare_model(spec.draft) if needs_model(chain) else None
-        own_tokens = chain[-1] not in LOOKUPS
-        translates = own_tokens and differ(target.directory, draft.directory if draft else SIMULATED)
-        threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter, spec.num_targets, spec.num_drafts)
+        prepared = [prepare_pool(pool, target) for pool in spec.pools]
+        largest = next((pool.drafter for pool in spec.pools if needs_model(parse_chain(pool.drafter))), "ngram")
+        num_cores = spec.threads or os.cpu_count() or 1
+        threads = split_threads(num_cores, largest, spec.num_targets, len(spec.draft_ports))
         redis = self._start_redis()
         for name, port in zip(self.targets, spec.target_ports, strict=True):
             flags = target_flags(dataclasses.replace(spec, target_port=port), target, threads.target)
             self._start_service(name, flags, threads.target)
-        tokenizer = target.directory if translates else ""
-        for name, port in zip(self.drafts, spec.draft_ports, strict=True):
-            spec_of_it = dataclasses.replace(spec, draft_port=port)
+        for i, (name, port) in enumerate(zip(self.drafts, spec.draft_ports, strict=True)):
+            pool, (draft, tokenizer) = spec.pools[i // spec.num_drafts], prepared[i // spec.num_drafts]
+            spec_of_it = dataclasses.replace(spec, draft_port=port, drafter=pool.drafter, draft=pool.draft)
             flags = draft_flags(spec_of_it, draft, threads.draft, target.directory, tokenizer)
             self._start_service(name, flags, threads.draft)
         for name in (*self.targets, *self.drafts):
             self._on_stage(f"loading the {name}")
             self._await_ready(name, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
-        workers = (",".join(self.address_of(name) for name in names) for names in (self.targets, self.drafts))
-        self._start_service("coordinator", coordinator_flags(spec, target.directory, redis, *workers), 1)
+        targets = ",".join(self.address_of(name) for name in self.targets)
+        drafts = pool_addresses(spec, [self.address_of(name) for name in self.drafts])
+        self._start_service("coordinator", coordinator_flags(spec, target.directory, redis, targets, drafts), 1)
         self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
 
     def _await_ready(self, name: str, timeout_s: float) -> None:
@@ -215,6 +230,12 @@ class Cluster:
             for process in self._processes.values():
                 process.stop(0.5)
             shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def pool_addresses(spec: ClusterSpec, addresses: list[str]) -> str:
+    """The drafts as the coordinator is told of them, each with its pool's name if that has one."""
+    names = [pool.name for pool in spec.pools for _ in range(spec.num_drafts)]
+    return ",".join(f"{name}={at}" if name else at for name, at in zip(names, addresses, strict=True))
 
 
 def check_ports(*ports: int) -> None:
@@ -272,6 +293,14 @@ class PreparedModel(NamedTuple):
 
     directory: str
     name: str
+
+
+def prepare_pool(pool: PoolSpec, target: PreparedModel) -> tuple[PreparedModel | None, str]:
+    """The pool's model, if it has one, and the target's tokenizer where the draft needs it. Raises CommandFailed."""
+    chain = parse_chain(pool.drafter)
+    draft = prepare_model(pool.draft) if needs_model(chain) else None
+    translates = chain[-1] not in LOOKUPS and differ(target.directory, draft.directory if draft else SIMULATED)
+    return draft, target.directory if translates else ""
 
 
 def prepare_model(model: str) -> PreparedModel:
