@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 
 from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
-from services.common.session_store import SessionRecord, SessionStore
-from services.coordinator.committer import Committer, Journal
+from services.common.session_record import ANONYMOUS, RecordMoved, SessionRecord
+from services.common.session_store import SessionStore
+from services.common.session_usage import SessionUsage
+from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
 from services.coordinator.generation import Generation, Timeouts
+from services.coordinator.journal import Journal
 from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
@@ -30,6 +33,8 @@ from services.coordinator.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_MAX_OPENINGS = 3
+"""Tries to open a session whose record moves on while it is read; the second is fenced against its old owner."""
 _ENDING_S = 0.2
 """What a generation may take to end after its client went away, before the next request is told that it is busy."""
 
@@ -64,13 +69,15 @@ class Coordinator:
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        usage: SessionUsage,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._placement = placement
         self._store = store
         self._committer = committer
-        self._opener = SessionOpener(store, tokenizer)
+        self._usage = usage
+        self._opener = SessionOpener(store, usage, tokenizer)
         self._running: dict[str, _Running] = {}
         self._opening: set[str] = set()
         self._draining = False
@@ -87,6 +94,7 @@ class Coordinator:
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
         await end_tasks(*self._hearts)
+        await self._usage.flush()
         await self._committer.aclose()
         await self._placement.aclose()
 
@@ -117,19 +125,21 @@ class Coordinator:
             if stream.generation is not None:
                 await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
-    async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
+    async def get(self, session_id: str, owner_key: str = ANONYMOUS) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
-        record = await self._load(session_id)
+        record = _own(await self._load(session_id), session_id, owner_key)
         if record is None:
-            raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+            raise _unknown(session_id)
         elsewhere = record.running and record.owner_id != self._store.owner_id
         return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
 
-    async def close_session(self, session_id: str) -> None:
+    async def close_session(self, session_id: str, owner_key: str = ANONYMOUS) -> None:
         """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
+        _own(await self._load(session_id), session_id, owner_key)
         if running := self._running.get(session_id):
             await running.generation.stop(None)
         await self._store.close(session_id)
+        self._usage.note(owner_key, session_id, None)
 
     async def _load(self, session_id: str) -> SessionRecord | None:
         try:
@@ -174,14 +184,37 @@ class Coordinator:
         if running := self._running.get(request.session_id):
             self._choose(request)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
-        record = await self._store.load(request.session_id)
-        if record and record.request_id == request.request_id:
-            check_same_request(request, record.request_digest)
-            if record.finish_reason:
-                return self._finished(request, record)
-        placed = self._choose(request)
-        opened = await self._opener.open(request, placed, record)
-        return self._run(request, placed, opened, arrived_ns)
+        self._check_store(request.session_id)
+        for _ in range(_MAX_OPENINGS):
+            record = _own(await self._store.load(request.session_id), request.session_id, request.owner_key)
+            if record and record.request_id == request.request_id:
+                check_same_request(request, record.request_digest)
+                if record.finish_reason:
+                    return self._finished(request, record)
+            source = await self._source(request) if record is None else None
+            placed = self._choose(request)
+            try:
+                opened = await self._opener.open(request, placed, record, source)
+            except RecordMoved:
+                continue
+            return self._run(request, placed, opened, arrived_ns)
+        raise busy(request.session_id)
+
+    def _check_store(self, session_id: str) -> None:
+        """Raises Unavailable where the store is away, or lacks tokens of the session that went out from here."""
+        if self._committer.away or self._committer.is_behind(session_id):
+            message = "the session store does not answer, or lacks what is still to be written"
+            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=500)
+
+    async def _source(self, request: GenerationRequest) -> SessionRecord | None:
+        """The record of which the request's new session shall be a copy."""
+        if request.fork is None:
+            return None
+        source_id = request.fork.source_id
+        source = _own(await self._store.load(source_id), source_id, request.owner_key)
+        if source is None:
+            raise _unknown(source_id)
+        return source
 
     def _choose(self, request: GenerationRequest) -> Placed:
         return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
@@ -211,7 +244,7 @@ class Coordinator:
             tokens,
             links=placed.links,
             trimmer=trimmer,
-            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, len(tokens)),
+            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, opened.copy),
             output=output,
             statistics=StatisticsCollector(
                 arrived_ns=arrived_ns,
@@ -228,12 +261,13 @@ class Coordinator:
         )
         running = _Running(request.request_id, request.digest, generation, output)
         self._running[request.session_id] = running
-        generation.start().add_done_callback(lambda _: self._forget(request.session_id, running))
+        generation.start().add_done_callback(lambda _: self._forget(request, running, len(tokens)))
         return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)
 
-    def _forget(self, session_id: str, running: _Running) -> None:
-        if self._running.get(session_id) is running:
-            del self._running[session_id]
+    def _forget(self, request: GenerationRequest, running: _Running, num_tokens: int) -> None:
+        if self._running.get(request.session_id) is running:
+            del self._running[request.session_id]
+            self._usage.note(request.owner_key, request.session_id, num_tokens)
 
     def _new_output(self) -> Output:
         return Output(max_unread_tokens=self._config.max_unread_tokens, slow_client_s=self._config.slow_client_s)
@@ -246,11 +280,23 @@ class Coordinator:
                 running.output.tick()
 
     async def _beat_store(self) -> None:
-        """Signs of life in the store; a store that is away is noticed by the commits."""
+        """Signs of life in the store, and what sessions hold; a store that is away is noticed by the commits."""
         while True:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
+                await self._usage.flush()
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+
+
+def _own(record: SessionRecord | None, session_id: str, owner_key: str) -> SessionRecord | None:
+    """Raises NotFound UNKNOWN_SESSION for somebody else's, as if it were not there."""
+    if record and record.owner_key != owner_key:
+        raise _unknown(session_id)
+    return record
+
+
+def _unknown(session_id: str) -> NotFound:
+    return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:

@@ -2,7 +2,8 @@
 
 Owns: the order propose, verify, trim, commit, emit, and the choice between a round and plain decoding.
 Must not know: protobuf, Redis, how a session was found. Everything it needs is handed to it.
-Invariant: tokens are emitted in order, once, and only after the store acknowledged them.
+Invariant: tokens are emitted in order, once, and only when the journal releases them: as soon as they are stored, or
+while the store is away.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 
 from services.common.errors import Internal, OutriderError
 from services.common.items import Tokens
-from services.common.session_store import KvHandle
+from services.common.session_record import KvHandle
 from services.common.values import FinishReason, TokenOrigin
-from services.coordinator.committer import Journal
 from services.coordinator.draft_length import DraftLength
 from services.coordinator.draft_sequence import DraftLink, DraftSequence
+from services.coordinator.journal import Journal
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
@@ -87,7 +88,7 @@ class Generation:
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
-        journal.on_failure = self._abandon
+        journal.on_failure = self._on_refusal
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.create_task(self._run())
@@ -113,7 +114,7 @@ class Generation:
     async def _run(self) -> None:
         try:
             if self._finish is not None:
-                await self._commit_and_emit(self._trimmer.trim((), ()))
+                self._commit_and_emit(self._trimmer.trim((), ()))
             else:
                 await self._loop()
             await self._journal.drain()
@@ -170,7 +171,7 @@ class Generation:
         kept, wall_ns = self._trim(verified), self._lap_ns()
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
-        await self._commit_and_emit(kept)
+        self._commit_and_emit(kept)
 
     async def _decode(self) -> None:
         """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
@@ -185,7 +186,7 @@ class Generation:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
                 self._length.decoded(decoded, self._lap_ns())
-                await self._commit_and_emit(kept)
+                self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
             if self._output.full or self._num_draft_tokens:
                 self._target.interrupt()
@@ -208,15 +209,15 @@ class Generation:
         self._tokens += kept.token_ids
         return kept
 
-    async def _commit_and_emit(self, kept: Trimmed) -> None:
-        """Hands tokens to the committer; they go out when they are durable, while the next round runs."""
+    def _commit_and_emit(self, kept: Trimmed) -> None:
+        """Hands tokens to the journal; they go out when they are durable, while the next round runs."""
         fields: dict[str, str] = {}
         if kept.finish is not None:
             statistics = self._snapshot().to_json()
             fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
             fields |= {"reply": self._trimmer.text, **self._handles()}
         log_probs = pack_log_probs(kept, self._plan.num_top_log_probs)
-        await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
+        self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
         self._statistics.first_token()
@@ -226,6 +227,10 @@ class Generation:
         if self._output.full:
             await self._output.writable()
             self._lap_ns()
+
+    def _on_refusal(self, error: OutriderError) -> None:
+        """The session is not this generation's any more, or the store is away and it shall not go on without."""
+        self._abandon(None if error.reason == "SESSION_CLOSED" else error)
 
     def _abandon(self, error: OutriderError | None) -> None:
         """Ends the loop at its present await; only the first call counts."""

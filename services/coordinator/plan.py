@@ -31,6 +31,8 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    fork: int = 0
+    """The noise fork: sessions that are copies of one another draw differently from one seed."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
@@ -57,4 +59,5 @@ class GenerationPlan:
             max_new_tokens=max_len - len(tokens),
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
+            fork=self.fork,
         )

@@ -19,7 +19,8 @@ from services.common.errors import Unavailable
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
-from services.coordinator.committer import Committer
+from services.common.session_usage import Caps, SessionUsage
+from services.coordinator.committer import Committer, Outage
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_length import LengthPolicy
@@ -73,8 +74,16 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
             for name, address, weight in config.draft_addresses
         ]
         placement = Placement(target, drafts, tokenizer.vocab_digest)
-        committer = Committer(store, retry_s=config.store_retry_s)
-        coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
+        committer = Committer(store, outage=Outage(config.redis_outage), outage_after_s=config.redis_outage_after_s)
+        caps = Caps(config.max_client_sessions, config.max_client_tokens)
+        coordinator = Coordinator(
+            config,
+            tokenizer=tokenizer,
+            placement=placement,
+            store=store,
+            committer=committer,
+            usage=SessionUsage(store.redis, caps, idle_s=config.session_idle_s),
+        )
         server = GrpcServer(
             config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection
         )

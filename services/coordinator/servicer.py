@@ -5,11 +5,14 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common.service import end_tasks
 from services.common.values import FinishReason, ModelInfo, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.config import CoordinatorConfig
@@ -44,7 +47,15 @@ class CoordinatorServicer:
         self._tokenizer = tokenizer
 
     async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
-        async with self._coordinator.generate(admit(request, self._limits())) as stream:
+        admitted = admit(request, self._limits())
+        async with contextlib.AsyncExitStack() as stack:
+            opening = asyncio.create_task(stack.enter_async_context(self._coordinator.generate(admitted)))
+            try:
+                while not (await asyncio.wait([opening], timeout=self._config.heartbeat_ms / 1e3))[0]:
+                    yield pb.GenerateResponse()
+            finally:
+                await end_tasks(opening)
+            stream = opening.result()
             yield pb.GenerateResponse(started=_encode_started(stream.started))
             async for chunk in stream.output:
                 yield encode_chunk(chunk)

@@ -34,7 +34,7 @@ class Result:
 
     @property
     def started(self) -> pb.GenerationStarted:
-        return self.responses[0].started
+        return next(response.started for response in self.responses if response.HasField("started"))
 
     @property
     def tokens(self) -> list[int]:

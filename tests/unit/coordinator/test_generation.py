@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.errors import Aborted, OutriderError
-from services.common.session_store import Commit
+from services.common.session_record import RecordLost, Write
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.draft_length import FixedLength
 from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.journal import Journal, RecordCopy
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.statistics import StatisticsCollector
@@ -29,9 +30,9 @@ class SlowStore:
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
 
-    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+    async def write_all(self, writes: Sequence[Write]) -> list[OutriderError | RecordLost | None]:
         await self.may_answer.wait()
-        return [None] * len(commits)
+        return [None] * len(writes)
 
 
 def new_generation(committer: Committer, output: Output, finish: FinishReason | None = None) -> Generation:
@@ -57,7 +58,7 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
         [1, 65],
         links=Links(WorkerLink("127.0.0.1:1", TARGET_CODEC), None),
         trimmer=trimmer,
-        journal=Journal(committer, "s", 1, 2),
+        journal=Journal(committer, "s", 1, RecordCopy.of((1, 65), b"\0\1", b"", {})),
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
         timeouts=Timeouts(1.0, 1.0, 1.0),
@@ -73,7 +74,7 @@ async def chunks_of(output: Output) -> list[Chunk]:
 @pytest.mark.parametrize("error", [TAKEN_OVER, None])
 async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
     output = Output(max_unread_tokens=16, slow_client_s=1.0)
-    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output)
+    generation = new_generation(Committer(SlowStore(), outage_after_s=60), output)
     generation.start()
     await generation.stop(error)
     async with asyncio.timeout(1):
@@ -86,7 +87,7 @@ async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error:
 
 async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_is() -> None:
     store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
-    committer = Committer(store, retry_s=0.1)
+    committer = Committer(store, outage_after_s=60)
     committer.start()
     generation = new_generation(committer, output, FinishReason.LENGTH)
     generation.start()
