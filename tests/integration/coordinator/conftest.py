@@ -99,6 +99,37 @@ def start_cluster(redis_url: str) -> StartCluster:
     return start
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One of several coordinators."""
+
+    running: RunningCoordinator
+    stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+
+    @property
+    def port(self) -> int:
+        return self.running.port
+
+
+@contextlib.asynccontextmanager
+async def node(workers: Cluster | tuple[int, int], redis_url: str, **settings: Any) -> AsyncIterator[Node]:
+    """One more coordinator over the same workers, given by a cluster or by their ports."""
+    if isinstance(workers, Cluster):
+        workers = workers.target.port, workers.draft.port if workers.draft else 0
+    config = CoordinatorConfig(
+        port=0,
+        redis_url=redis_url,
+        tokenizer="simulated",
+        targets=f"127.0.0.1:{workers[0]}",
+        drafts=f"127.0.0.1:{workers[1]}" if workers[1] else "",
+    )
+    async with running_coordinator(dataclasses.replace(config, **settings)) as running:
+        assert await running.wait_ready(10)
+        options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", options=options) as channel:
+            yield Node(running, coordinator_pb2_grpc.CoordinatorServiceStub(channel))
+
+
 @pytest.fixture
 async def cluster(start_cluster: StartCluster) -> AsyncIterator[Cluster]:
     async with start_cluster() as running:
