@@ -47,6 +47,15 @@ def connect(url: str, timeout_s: float) -> Redis:
         raise ConfigError(f"redis_url: {error}") from error
 
 
+async def close(client: Redis) -> None:
+    """Closes its connections, those to Sentinels included."""
+    pool = client.connection_pool
+    await client.aclose()
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     parts = urlsplit(url)
     scheme = parts.scheme.removesuffix(_SENTINEL)

@@ -107,7 +107,7 @@ class SessionStore:
         return self._redis
 
     async def aclose(self) -> None:
-        await self._redis.aclose()
+        await redis_client.close(self._redis)
 
     async def check_server(self) -> None:
         """Raises ConfigError on a Redis that may evict records: a session ends by expiry or closing alone."""

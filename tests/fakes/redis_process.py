@@ -38,6 +38,7 @@ class RedisProcess:
         self._args = args
         self._binary = binary or str(get_binary_path())
         self._sentinel = sentinel
+        self._tls = url.startswith("rediss://")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -47,7 +48,8 @@ class RedisProcess:
             config = self._directory / f"sentinel-{self.port}.conf"
             config.write_text("")
             command += [str(config), "--sentinel"]
-        command += ["--port", str(self.port), "--dir", str(self._directory), *self._args]
+        port = ["--port", "0", "--tls-port"] if self._tls else ["--port"]
+        command += [*port, str(self.port), "--dir", str(self._directory), *self._args]
         if not self._sentinel:
             command += ["--save", "", "--maxmemory-policy", "noeviction"]
         log = self._directory / f"redis-{self.port}.log"
