@@ -3,7 +3,8 @@
     python -m bench.commit_overlap --json bench/results/commit_overlap.json
 
 A cluster of processes with simulated workers (target 10 ms a step, draft 8 ms a round) reaches its Redis through a
-proxy that delays; runs without and with the delay take turns. Were each commit waited for, 6 ms would leave 18/24 = 0.75.
+proxy that delays; runs without and with the delay take turns. Were each commit waited for, 6 ms would leave
+18/24 = 0.75.
 """
 
 from __future__ import annotations

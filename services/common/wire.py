@@ -6,9 +6,12 @@ Must not know: gRPC calls, the engine, what an item causes. Malformed fields rai
 
 from __future__ import annotations
 
+import dataclasses
+import struct
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
 
-import numpy as np
 from outrider.v1 import sampling_pb2, worker_pb2
 
 from services.common.errors import ERRORS_BY_CODE, Internal, InvalidArgument, OutriderError
@@ -19,6 +22,7 @@ from services.common.values import (
     SparseRow,
     TopLogProbs,
     VerificationMethod,
+    WorkerActivity,
     WorkerInfo,
     WorkerLoad,
 )
@@ -37,30 +41,39 @@ _ROLES = {"draft": worker_pb2.WORKER_ROLE_DRAFT, "target": worker_pb2.WORKER_ROL
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 
 
+def role_to_proto(role: str) -> worker_pb2.WorkerRole.ValueType:
+    return _ROLES[role]
+
+
+def role_from_proto(number: int) -> str:
+    """Empty for a role that this version does not know."""
+    return str(_ROLES_BACK.get(number, ""))  # type: ignore[call-overload]
+
+
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32."""
-    return np.asarray(token_ids, dtype="<u4").tobytes()
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 def unpack_tokens(data: bytes, field: str = "token_ids") -> tuple[int, ...]:
     """The ids in `data`. Raises InvalidArgument naming `field` if its length is not a multiple of 4."""
-    return tuple(_unpack(data, "<u4", field).tolist())
+    return _unpack(data, "I", field)
 
 
 def pack_floats(values: Sequence[float]) -> bytes:
     """Numbers as little-endian float32."""
-    return np.asarray(values, dtype="<f4").tobytes()
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def unpack_floats(data: bytes, field: str) -> tuple[float, ...]:
     """The numbers in `data`. Raises InvalidArgument naming `field` if its length is not a multiple of 4."""
-    return tuple(_unpack(data, "<f4", field).tolist())
+    return _unpack(data, "f", field)
 
 
-def _unpack(data: bytes, dtype: str, field: str) -> np.ndarray:
+def _unpack(data: bytes, kind: str, field: str) -> tuple[Any, ...]:
     if len(data) % 4:
         raise InvalidArgument("UNDECODABLE", f"{field} holds {len(data)} bytes, not a multiple of 4", field=field)
-    return np.frombuffer(data, dtype=dtype)
+    return struct.unpack(f"<{len(data) // 4}{kind}", data)
 
 
 def method_to_proto(method: VerificationMethod) -> sampling_pb2.VerificationMethod.ValueType:
@@ -137,7 +150,7 @@ def proposal_rows_from_proto(message: worker_pb2.SparseRows, num_tokens: int) ->
         return (SparseRow((), ()),) * num_tokens
     ids = unpack_tokens(message.token_ids)
     probs = unpack_floats(message.probs, "probs")
-    ends = np.cumsum(lens).tolist()
+    ends = accumulate(lens)
     return tuple(SparseRow(ids[end - n : end], probs[end - n : end]) for n, end in zip(lens, ends, strict=True))
 
 
@@ -188,6 +201,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         max_sequence_len=info.max_sequence_len,
         load=load_to_proto(info.load),
         startup_ms=info.startup_ms,
+        activity=worker_pb2.WorkerActivity(**dataclasses.asdict(info.activity)),
     )
     if model := info.model:
         response.model.CopyFrom(
@@ -219,7 +233,12 @@ def info_from_proto(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         protocol_version=message.protocol_version,
         noise_version=message.noise_version,
         startup_ms=message.startup_ms,
+        activity=activity_from_proto(message.activity),
     )
+
+
+def activity_from_proto(message: worker_pb2.WorkerActivity) -> WorkerActivity:
+    return WorkerActivity(**{field.name: getattr(message, field.name) for field in dataclasses.fields(WorkerActivity)})
 
 
 def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
@@ -242,6 +261,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
             cache_salt=item.cache_salt,
+            traceparent=item.traceparent,
         )
     )
     return pieces
@@ -304,6 +324,7 @@ class OpenAssembler:
             num_top_log_probs=message.num_top_log_probs,
             fork=message.fork,
             cache_salt=message.cache_salt,
+            traceparent=message.traceparent,
         )
 
 

@@ -14,18 +14,27 @@ from dataclasses import dataclass
 
 import tenacity
 from outrider.v1 import coordinator_pb2
+from prometheus_client import CollectorRegistry
 
 from services.common.errors import Unavailable
+from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
 from services.common.session_usage import Caps, SessionUsage
+from services.common.tally import CallTally
+from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.committer import Committer, Outage
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_length import LengthPolicy
+from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
 from services.coordinator.placement import DraftPool, Placement
 from services.coordinator.servicer import CoordinatorServicer
+from services.coordinator.status import StatusReader
+from services.coordinator.tally import CoordinatorTally
 from services.coordinator.tokenizer import load_tokenizer
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink
 
@@ -45,6 +54,8 @@ class RunningCoordinator:
     server: GrpcServer
     coordinator: Coordinator
     placement: Placement
+    registry: CollectorRegistry
+    metrics_port: int
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """Whether the target was connected within `timeout_s`; then health says SERVING."""
@@ -55,7 +66,9 @@ class RunningCoordinator:
 
 
 @contextlib.asynccontextmanager
-async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[RunningCoordinator]:
+async def running_coordinator(
+    config: CoordinatorConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AsyncIterator[RunningCoordinator]:
     """A coordinator inside this process, from enter to exit; ready after `wait_ready`.
 
     Raises ConfigError for a tokenizer or a Redis that cannot serve, Unavailable where no Redis answers, OSError where
@@ -76,6 +89,7 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
         placement = Placement(target, drafts, tokenizer.vocab_digest)
         committer = Committer(store, outage=Outage(config.redis_outage), outage_after_s=config.redis_outage_after_s)
         caps = Caps(config.max_client_sessions, config.max_client_tokens)
+        tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
         coordinator = Coordinator(
             config,
             tokenizer=tokenizer,
@@ -83,17 +97,27 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
             store=store,
             committer=committer,
             usage=SessionUsage(store.redis, caps, idle_s=config.session_idle_s),
+            tally=tally,
+            tracer=tracer,
         )
-        server = GrpcServer(
-            config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection
-        )
-        service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
-        server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer))
+        registry = new_registry(calls, {"role": "coordinator"})
+        registry.register(CoordinatorCollector(tally, coordinator, placement))
+        bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
+        status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
+        server = _server(config, calls, CoordinatorServicer(config, coordinator, placement, tokenizer, status))
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
-        yield RunningCoordinator(server.port, server, coordinator, placement)
+        yield RunningCoordinator(server.port, server, coordinator, placement, registry, bound_metrics_port)
         await server.set_ready(False)
+
+
+def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
+    server = GrpcServer(
+        config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
+    )
+    server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
+    return server
 
 
 async def _check_store(store: SessionStore) -> None:
@@ -109,13 +133,13 @@ async def _check_store(store: SessionStore) -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    with stop_signals() as stop:
-        async with running_coordinator(config) as running:
+    with stop_signals() as stop, open_tracer(config.trace_endpoint, config.trace_sample, "coordinator") as tracer:
+        async with running_coordinator(config, config.metrics_port, tracer) as running:
             stopped = asyncio.create_task(stop.wait())
             while not stop.is_set() and not await running.wait_ready(0.5):
                 pass
             if not stop.is_set():
-                announce_ready("coordinator", running.port)
+                announce_ready("coordinator", running.port, metrics_port=running.metrics_port)
                 log.info("serving on port %d", running.port)
             await stopped
             await running.server.set_ready(False)

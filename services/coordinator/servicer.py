@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc.aio
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common import wire
 from services.common.service import end_tasks
 from services.common.values import FinishReason, ModelInfo, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
@@ -20,6 +24,7 @@ from services.coordinator.coordinator import Coordinator
 from services.coordinator.output import Chunk, Started
 from services.coordinator.placement import DraftPool, Placement, Served
 from services.coordinator.statistics import GenerationStatistics
+from services.coordinator.status import StatusReader, WorkerStatus
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import Trimmed
 
@@ -39,17 +44,27 @@ class CoordinatorServicer:
     """The RPCs. Errors are raised as they are; services.common.rpc turns them into statuses."""
 
     def __init__(
-        self, config: CoordinatorConfig, coordinator: Coordinator, placement: Placement, tokenizer: Tokenizer
+        self,
+        config: CoordinatorConfig,
+        coordinator: Coordinator,
+        placement: Placement,
+        tokenizer: Tokenizer,
+        status: StatusReader,
     ) -> None:
         self._config = config
+        self._status = status
         self._coordinator = coordinator
         self._placement = placement
         self._tokenizer = tokenizer
 
-    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
         admitted = admit(request, self._limits())
         async with contextlib.AsyncExitStack() as stack:
-            opening = asyncio.create_task(stack.enter_async_context(self._coordinator.generate(admitted)))
+            opening = asyncio.create_task(
+                stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
+            )
             try:
                 while not (await asyncio.wait([opening], timeout=self._config.heartbeat_ms / 1e3))[0]:
                     yield pb.GenerateResponse()
@@ -82,6 +97,21 @@ class CoordinatorServicer:
     async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
 
+    async def GetClusterStatus(
+        self, request: pb.GetClusterStatusRequest, context: object
+    ) -> pb.GetClusterStatusResponse:
+        coordinator, status = self._coordinator, self._status
+        return pb.GetClusterStatusResponse(
+            instance_id=status.instance_id,
+            uptime_s=status.uptime_s,
+            draining=coordinator.draining,
+            num_requests_running=coordinator.num_streaming,
+            num_requests_waiting=coordinator.num_waiting,
+            workers=[_encode_worker(worker) for worker in await status.workers()],
+            drafts=[_encode_pool(pool, served.model) for served in self._placement.served for pool in served.drafts],
+            activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
+        )
+
     def _limits(self) -> Limits:
         served = self._placement.served
         vocab_sizes = [self._tokenizer.vocab_size, *(pair.model.vocab_size for pair in served)]
@@ -93,6 +123,11 @@ class CoordinatorServicer:
             max_prompt_bytes=self._config.max_prompt_bytes,
             drafts=self._placement.draft_names,
         )
+
+
+def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's span, from the call's metadata."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
 
 
 def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
@@ -166,6 +201,14 @@ def _encode_served(served: Served) -> pb.ServedModel:
         ready=served.ready,
         drafts=drafts,
     )
+
+
+def _encode_worker(worker: WorkerStatus) -> pb.WorkerStatus:
+    view = worker.view
+    trouble = "" if view.up else view.link.trouble.message
+    info = wire.info_to_proto(worker.info) if worker.info else None
+    role = wire.role_to_proto(view.role)
+    return pb.WorkerStatus(role=role, address=view.address, pool=view.pool, up=view.up, trouble=trouble, info=info)
 
 
 def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:
