@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from services.client.generation import Generation
 from services.common.errors import Unavailable
 from services.common.service import wait_until
 from services.common.values import VerificationMethod
+from tests.fakes.coordinator_process import coordinator_process
 from tests.fakes.redis_process import running
 from tests.fakes.tcp_proxy import TcpProxy, proxied
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
@@ -97,22 +97,12 @@ async def test_no_token_is_lost_or_doubled_whatever_is_cut(
         assert list(record.token_ids[record.prompt_len :]) == whole.token_ids
 
 
-@contextlib.asynccontextmanager
-async def process(cluster: Cluster, redis_url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A coordinator of its own process, and its address."""
+def process(
+    cluster: Cluster, redis_url: str
+) -> contextlib.AbstractAsyncContextManager[tuple[asyncio.subprocess.Process, str]]:
+    """One more coordinator over the cluster's workers."""
     assert cluster.draft is not None
-    flags = ["--port", "0", "--redis-url", redis_url, "--tokenizer", "simulated"]
-    flags += ["--targets", f"127.0.0.1:{cluster.target.port}", "--drafts", f"127.0.0.1:{cluster.draft.port}"]
-    command = [sys.executable, "-m", "services.coordinator", *flags]
-    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        port = int((await child.stdout.readline()).split(b'"port": ')[1].split(b"}")[0])
-        yield child, f"127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+    return coordinator_process(cluster.target.port, cluster.draft.port, redis_url)
 
 
 async def test_a_killed_coordinators_generation_goes_on_at_another(cluster: Cluster, redis_url: str) -> None:

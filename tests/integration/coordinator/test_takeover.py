@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from redis import Redis
 from services.common import rpc
 from services.common.errors import Aborted, InvalidArgument, NotFound, OutriderError
 from services.common.service import wait_until
+from tests.fakes.coordinator_process import coordinator_process
 from tests.fakes.tcp_proxy import proxied
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
 
@@ -147,34 +147,26 @@ async def test_a_coordinator_paused_for_longer_than_its_lease_writes_nothing_whe
     cluster: Cluster, redis_url: str
 ) -> None:
     assert cluster.draft is not None
-    flags = ["--port", "0", "--redis-url", redis_url, "--tokenizer", "simulated"]
-    flags += ["--targets", f"127.0.0.1:{cluster.target.port}", "--drafts", f"127.0.0.1:{cluster.draft.port}"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.coordinator", *flags, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        assert process.stdout is not None
-        port = int((await process.stdout.readline()).split(b'"port": ')[1].split(b"}")[0])
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            request = new_request(max_tokens=3000)
-            old = Reader(coordinator_pb2_grpc.CoordinatorServiceStub(channel), request)
-            await old.until(10)
-            os.kill(process.pid, signal.SIGSTOP)
-            next_turn = {**request, "request_id": str(uuid.uuid4()), "max_tokens": 20}
+    async with (
+        coordinator_process(cluster.target.port, cluster.draft.port, redis_url) as (child, address),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        request = new_request(max_tokens=3000)
+        old = Reader(coordinator_pb2_grpc.CoordinatorServiceStub(channel), request)
+        await old.until(10)
+        os.kill(child.pid, signal.SIGSTOP)
+        next_turn = {**request, "request_id": str(uuid.uuid4()), "max_tokens": 20}
+        new = Reader(cluster.stub, next_turn)
+        while await new.task is not None:
+            await asyncio.sleep(0.1)
             new = Reader(cluster.stub, next_turn)
-            while await new.task is not None:
-                await asyncio.sleep(0.1)
-                new = Reader(cluster.stub, next_turn)
-            record = await record_of(cluster.stub, request["session_id"])
-            os.kill(process.pid, signal.SIGCONT)
-            error = await old.task
-            assert isinstance(error, OutriderError)
-            assert error.reason in ("OWNERSHIP_LOST", "STREAM_BROKEN")  # or its own keepalive gave the client up
-            await asyncio.sleep(0.3)
-            assert await record_of(cluster.stub, request["session_id"]) == record == new.tokens
-    finally:
-        process.kill()
-        await process.wait()
+        record = await record_of(cluster.stub, request["session_id"])
+        os.kill(child.pid, signal.SIGCONT)
+        error = await old.task
+        assert isinstance(error, OutriderError)
+        assert error.reason in ("OWNERSHIP_LOST", "STREAM_BROKEN")  # or its own keepalive gave the client up
+        await asyncio.sleep(0.3)
+        assert await record_of(cluster.stub, request["session_id"]) == record == new.tokens
 
 
 async def test_a_session_closed_elsewhere_ends_its_generation_regularly(cluster: Cluster, redis_url: str) -> None:
