@@ -26,6 +26,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 ERROR_DOMAIN = "outrider"
+NEWEST_EPOCH = "newest_lease_epoch"
+"""In the metadata of a worker's STALE: the epoch that it knows, where that is newer than the item's."""
 
 
 class OutriderError(Exception):

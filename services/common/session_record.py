@@ -75,6 +75,8 @@ class SessionRecord:
     expires_in_s: int
     fork: int = 0
     """The noise fork of its generations: 0 unless the session is a copy of another."""
+    worker_epoch: int = 0
+    """The newest lease_epoch that a worker was found to know, where that was beyond the record's."""
 
     @property
     def num_generated_tokens(self) -> int:
@@ -174,4 +176,5 @@ def decode_record(
         draft_handle=KvHandle.decode(fields.get("draft_handle", "")),
         expires_in_s=expires_in_s,
         fork=int(fields.get("fork", "0")),
+        worker_epoch=int(fields.get("worker_epoch", "0")),
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.common.errors import Internal, OutriderError
+from services.common.errors import NEWEST_EPOCH, Internal, OutriderError, Unavailable
 from services.common.items import Tokens
 from services.common.session_record import KvHandle
 from services.common.tracing import NO_SPAN, Span
@@ -131,7 +131,7 @@ class Generation:
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
-            self._fail(error)
+            self._fail(await self._explained(error))
         except Exception:
             fields = self._plan.log_fields(self._target.round)
             log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
@@ -149,6 +149,17 @@ class Generation:
             self._fail(self._stop_error)
         else:
             self._end(FinishReason.CLOSED)
+
+    async def _explained(self, error: OutriderError) -> OutriderError:
+        """Where a worker knows a newer epoch and the store does not, data was lost and a clock went back: the session
+        is still this owner's, and may be resumed under an epoch beyond the worker's."""
+        if NEWEST_EPOCH not in error.metadata:
+            return error
+        self._journal.note({"worker_epoch": error.metadata[NEWEST_EPOCH]})
+        await self._journal.settle()
+        if self._journal.failure is not None:
+            return error
+        return Unavailable("MOVED", "a worker knows a newer lease of the session; resume", retry_after_ms=100)
 
     def _end(self, finish: FinishReason) -> None:
         self._statistics.finished(finish)

@@ -104,6 +104,7 @@ class SessionOpener:
         acquisition = Acquisition(
             session_id=request.session_id,
             expected_epoch=record.lease_epoch if record else None,
+            least_epoch=record.worker_epoch + 1 if record else 0,
             expected_len=len(record.token_ids) if record else 0,
             num_kept_tokens=num_stored,
             token_ids=(*turn.token_ids[num_stored:], *adopted),
@@ -153,6 +154,7 @@ class SessionOpener:
         acquisition = Acquisition(
             session_id=request.session_id,
             expected_epoch=record.lease_epoch,
+            least_epoch=record.worker_epoch + 1,
             expected_len=len(record.token_ids),
             num_kept_tokens=len(record.token_ids),
             token_ids=adopted,

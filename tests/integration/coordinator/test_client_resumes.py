@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from services.client import GenerateOptions, OutriderClient, RetryPolicy, TokenIds
 from services.client.generation import Generation
 from services.common.errors import Unavailable
 from services.common.service import wait_until
+from services.common.session_record import Acquisition
+from services.common.session_store import SessionStore
 from services.common.values import VerificationMethod
 from tests.fakes.coordinator_process import coordinator_process
 from tests.fakes.redis_process import running
@@ -193,3 +196,37 @@ async def test_a_silent_coordinator_is_left_after_the_heartbeats_timeout(
         await reading
         assert generation.result.num_resumptions == int(silenced)
         assert not silenced or IMPATIENT.heartbeat_timeout_s - 0.1 < pause_s < 3
+
+
+async def test_a_store_that_lost_its_data_and_its_clock_goes_on_beyond_what_workers_know(
+    cluster: Cluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await undisturbed(cluster)
+    epochs: list[int] = []
+    acquire = SessionStore.acquire
+
+    async def from_the_future(self: SessionStore, acquisition: Acquisition) -> int:
+        ahead = 0 if epochs else 2**42
+        epochs.append(await acquire(self, replace(acquisition, least_epoch=max(ahead, acquisition.least_epoch))))
+        return epochs[-1]
+
+    monkeypatch.setattr(SessionStore, "acquire", from_the_future)
+    async with (
+        two_ways(cluster, redis_url) as proxies,
+        OutriderClient(*[proxy.address for proxy in proxies], retry=IMPATIENT) as client,
+    ):
+        generation, seen = client.generate("hi", OPTIONS), Seen()
+        reading = asyncio.create_task(seen.read(generation))
+        assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
+        coordinator = cluster.coordinator.coordinator
+        for proxy in proxies:
+            proxy.cut()
+        assert await wait_until(lambda: coordinator.num_running == 0, 5, 0.001)
+        with Redis.from_url(redis_url) as store:
+            store.flushall()
+        for proxy in proxies:
+            proxy.mend()
+        await asyncio.wait_for(reading, 20)
+    assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
+    assert epochs[0] == 2**42
+    assert epochs[-1] > 2**42
