@@ -35,6 +35,7 @@ NUM_DRAFT_TOKENS = 4
 TARGET_MS, DRAFT_MS = 10.0, 8.0
 LEAST_RATIO = 0.95
 _NUM_PINGS = 50
+_STEP_S = 0.25e-3
 
 
 class ProxyThread:
@@ -62,13 +63,13 @@ class ProxyThread:
             return statistics.median(_timed_ping(client) for _ in range(_NUM_PINGS))
 
     def calibrate(self, delay_ms: float) -> float:
-        """The seconds each way that make a round trip longer by `delay_ms`: timers add some of their own."""
+        """The least seconds each way that make a round trip longer by `delay_ms`: timers add some of their own."""
         self.proxy.delay_s = 0.0
-        base_ms, one_way_s = self.round_trip_ms(), delay_ms / 2e3
-        for _ in range(3 if delay_ms else 0):
-            self.proxy.delay_s = one_way_s
-            one_way_s = max(0.0, one_way_s - (self.round_trip_ms() - base_ms - delay_ms) / 2e3)
-        return one_way_s
+        wanted_ms = self.round_trip_ms() + delay_ms
+        self.proxy.delay_s = max(0.0, delay_ms / 2e3 - 2 * _STEP_S)
+        while self.round_trip_ms() < wanted_ms:
+            self.proxy.delay_s += _STEP_S
+        return self.proxy.delay_s
 
 
 def _timed_ping(client: Redis) -> float:

@@ -24,8 +24,12 @@ _PORT = click.IntRange(0, 65_535)
 @click.command()
 @cluster_options
 @click.option("--coordinator-port", type=_PORT, default=50051, show_default=True, help="0 takes a free one.")
-@click.option("--draft-port", type=_PORT, default=50052, show_default=True, help="0 takes a free one.")
-@click.option("--target-port", type=_PORT, default=50053, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--draft-port", type=_PORT, default=50052, show_default=True, help="Of the first one; 0 takes a free one."
+)
+@click.option(
+    "--target-port", type=_PORT, default=50053, show_default=True, help="Of the first one; 0 takes a free one."
+)
 @click.option(
     "--num-draft-tokens",
     type=NUM_DRAFT_TOKENS,
@@ -55,8 +59,9 @@ def up(
     console = notices()
     with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
         stages.stop()
-        addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
-        metrics = {service: cluster.metrics_url_of(service) for service in addresses}
+        names = ("coordinator", *cluster.drafts, *cluster.targets)
+        addresses = {name: cluster.address_of(name) for name in names}
+        metrics = {name: cluster.metrics_url_of(name) for name in names}
         if as_json:
             click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses, "metrics": metrics}))
         else:

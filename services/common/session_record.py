@@ -62,6 +62,8 @@ class SessionRecord:
     owner_key: str
     model: str
     target_digest: str
+    target_numerics: str
+    """What decides the target's tokens besides its digest."""
     draft_digest: str
     seed: int
     prompt_len: int
@@ -84,10 +86,9 @@ class SessionRecord:
 
     def fields(self) -> dict[str, str]:
         """What says who the last generation is; ownership and the generation's end are not among it."""
-        names = ("request_id", "request_digest", "owner_key", "model", "target_digest", "draft_digest")
-        numbers = ("seed", "fork", "prompt_len")
-        texts = ("parameters", "messages")
-        return {name: str(getattr(self, name)) for name in (*names, *numbers, *texts)}
+        names = ("request_id", "request_digest", "owner_key", "model", "target_digest")
+        others = ("target_numerics", "draft_digest", "seed", "fork", "prompt_len", "parameters", "messages")
+        return {name: str(getattr(self, name)) for name in (*names, *others)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ def decode_record(
         owner_key=fields.get("owner_key", ANONYMOUS),
         model=fields.get("model", ""),
         target_digest=fields.get("target_digest", ""),
+        target_numerics=fields.get("target_numerics", ""),
         draft_digest=fields.get("draft_digest", ""),
         seed=int(fields.get("seed", "0")),
         prompt_len=int(fields.get("prompt_len", "0")),

@@ -28,10 +28,11 @@ from services.coordinator.opening import Opened, SessionOpener, busy, check_same
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tally import CoordinatorTally, Kind
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.tokenizer_set import TokenizerSet
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Coordinator:
         self,
         config: CoordinatorConfig,
         *,
-        tokenizer: Tokenizer,
+        tokenizers: TokenizerSet,
         placement: Placement,
         store: SessionStore,
         committer: Committer,
@@ -78,12 +79,12 @@ class Coordinator:
         self._tracer = tracer
         self._config = config
         self._tally = tally
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._placement = placement
         self._store = store
         self._committer = committer
         self._usage = usage
-        self._opener = SessionOpener(store, usage, tokenizer)
+        self._opener = SessionOpener(store, usage, placement)
         self._running: dict[str, _Running] = {}
         self._opening: set[str] = set()
         self._draining = False
@@ -203,9 +204,9 @@ class Coordinator:
 
     async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
-            self._choose(request)
+            self._placement.check(request.model)
         if running := self._running.get(request.session_id):
-            self._choose(request)  # what cannot be continued is not ended
+            self._placement.check(request.model)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
         self._check_store(request.session_id)
         for _ in range(_MAX_OPENINGS):
@@ -215,12 +216,15 @@ class Coordinator:
                 if record.finish_reason:
                     return self._finished(request, record)
             source = await self._source(request) if record is None else None
-            placed = self._choose(request)
             try:
-                opened = await self._opener.open(request, placed, record, source)
+                opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
             except RecordMoved:
                 continue
-            return self._run(request, placed, opened, arrived_ns, span)
+            try:
+                return self._run(request, opened, arrived_ns, span)
+            except BaseException:
+                opened.placed.release()
+                raise
         raise busy(request.session_id)
 
     def _check_store(self, session_id: str) -> None:
@@ -239,14 +243,11 @@ class Coordinator:
             raise _unknown(source_id)
         return source
 
-    def _choose(self, request: GenerationRequest) -> Placed:
-        return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
-
     def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
         output = self._new_output()
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
-        trimmer = new_trimmer(request, self._tokenizer, prompt, len(generated))
+        trimmer = new_trimmer(request, self._tokenizers.get(request.model), prompt, len(generated))
         origins = record.origins[record.prompt_len :]
         past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
         output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
@@ -254,10 +255,12 @@ class Coordinator:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int, span: Span) -> Stream:
-        plan, output = replace(opened.plan, traceparent=span.traceparent), self._new_output()
+    def _run(self, request: GenerationRequest, opened: Opened, arrived_ns: int, span: Span) -> Stream:
+        placed, output = opened.placed, self._new_output()
+        plan = replace(opened.plan, traceparent=span.traceparent)
+        tokenizer = self._tokenizers.get(request.model)
         tokens = [*opened.prompt, *opened.generated]
-        trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
+        trimmer = new_trimmer(request, tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
         past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
         if unread.token_ids or unread.tail:
@@ -265,7 +268,7 @@ class Coordinator:
         generation = Generation(
             plan,
             tokens,
-            links=placed.links,
+            routes=placed.routes,
             trimmer=trimmer,
             journal=Journal(self._committer, plan.session_id, plan.lease_epoch, opened.copy),
             output=output,
@@ -274,11 +277,13 @@ class Coordinator:
                 lossy=plan.verification.lossy,
                 num_replaced_tokens=opened.num_replaced_tokens,
                 draft=placed.pool.name if placed.pool else "",
-                draft_counts=placed.pool.counts if placed.pool else None,
+                draft_counts=placed.share.counts if placed.share else None,
                 tally=self._tally.of(Kind(request.model, placed.pool.name if placed.pool else "")),
             ),
             timeouts=Timeouts(
-                self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
+                placed.share.deadline if placed.share else ProposeDeadline(self._config.propose_timeout_s),
+                self._config.target_timeout_s,
+                self._config.target_retry_s,
             ),
             length=_draft_length(plan, placed),
             finish=past.finish,
@@ -325,8 +330,8 @@ def _unknown(session_id: str) -> NotFound:
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:
-    if plan.adaptive and placed.pool:
-        return AdaptiveLength(placed.pool.policy, plan.num_draft_tokens)
+    if plan.adaptive and placed.share:
+        return AdaptiveLength(placed.share.policy, plan.num_draft_tokens)
     return FixedLength(plan.num_draft_tokens)
 
 

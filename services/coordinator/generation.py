@@ -20,12 +20,13 @@ from services.common.session_record import KvHandle
 from services.common.tracing import NO_SPAN, Span
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.draft_length import DraftLength
-from services.coordinator.draft_sequence import DraftLink, DraftSequence
+from services.coordinator.draft_sequence import DraftRoute, DraftSequence
 from services.coordinator.journal import Journal
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
-from services.coordinator.target_sequence import TargetLink, TargetLost, TargetSequence
+from services.coordinator.target_sequence import TargetLost, TargetRoute, TargetSequence
 from services.coordinator.trim import Trimmed, Trimmer, pack_log_probs
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,17 @@ log = logging.getLogger(__name__)
 class Timeouts:
     """How long a generation waits for its workers."""
 
-    propose_s: float
+    propose: ProposeDeadline
     target_s: float
     target_retry_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """The workers that a generation is placed on."""
+class Routes:
+    """The ways to the workers that a generation is placed on; closed by it in the end."""
 
-    target: TargetLink
-    draft: DraftLink | None
+    target: TargetRoute
+    draft: DraftRoute | None
 
 
 class Generation:
@@ -60,7 +61,7 @@ class Generation:
         plan: GenerationPlan,
         tokens: list[int],
         *,
-        links: Links,
+        routes: Routes,
         trimmer: Trimmer,
         journal: Journal,
         output: Output,
@@ -79,15 +80,16 @@ class Generation:
         self._statistics = statistics
         self._span = span
         self._target = TargetSequence(
-            links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
+            routes.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
         self._draft = DraftSequence(
-            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._interrupt_for_draft
+            routes.draft, plan, tokens, deadline=timeouts.propose, on_ready=self._interrupt_for_draft
         )
         self._length = length
         self._clock = clock
         self._lap_started_ns = 0
         self._finish = finish
+        self._recorded_handles = ("", "")
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
@@ -118,6 +120,7 @@ class Generation:
         if self._task is not None:
             await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
             if self._task.cancelled():  # before its first step
+                self._close_sequences()
                 self._end_stopped()
 
     async def _run(self) -> None:
@@ -137,12 +140,15 @@ class Generation:
             log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
-            self._target.close()
-            self._draft.close()
-            self._length.close()
+            self._close_sequences()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
+
+    def _close_sequences(self) -> None:
+        self._target.close()
+        self._draft.close()
+        self._length.close()
 
     def _end_stopped(self) -> None:
         if self._stop_error is not None:
@@ -157,7 +163,7 @@ class Generation:
             return error
         self._journal.note({"worker_epoch": error.metadata[NEWEST_EPOCH]})
         await self._journal.settle()
-        if self._journal.failure is not None:
+        if self._journal.failure is not None or not self._journal.is_complete:
             return error
         return Unavailable("MOVED", "a worker knows a newer lease of the session; resume", retry_after_ms=100)
 
@@ -180,9 +186,11 @@ class Generation:
     async def _loop(self) -> None:
         self._draft.open()
         await self._open_target()
+        self._recorded_handles = self._instance_ids
         while self._finish is None:
             await self._pause_for_slow_client()
             try:
+                self._move_if_draining()
                 await self._advance()
             except TargetLost as lost:
                 await self._target.reopen(lost)
@@ -192,6 +200,13 @@ class Generation:
             self._target.open()
         except OutriderError as error:
             await self._target.reopen(TargetLost(error))
+
+    def _move_if_draining(self) -> None:
+        if self._target.should_move:
+            try:
+                self._target.move()
+            except OutriderError as error:
+                raise TargetLost(error) from error
 
     async def _advance(self) -> None:
         """A round where the draft is ready and is expected to pay; else decoding."""
@@ -234,13 +249,14 @@ class Generation:
                 self._length.decoded(decoded, self._lap_ns())
                 self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
-            if self._output.full or self._num_draft_tokens:
+            if self._output.full or self._num_draft_tokens or self._target.should_move:
                 self._target.interrupt()
 
     @property
     def _num_draft_tokens(self) -> int:
         """Of the next round, behind which there is room for the target's own token; 0: none is to be drafted."""
-        return self._length.choose(self._num_remaining - 1) if self._draft.ready else 0
+        limit = min(self._num_remaining - 1, self._target.max_draft_tokens)
+        return self._length.choose(limit) if self._draft.ready else 0
 
     def _interrupt_for_draft(self) -> None:
         if self._num_draft_tokens:
@@ -257,6 +273,8 @@ class Generation:
     def _commit_and_emit(self, kept: Trimmed) -> None:
         """Hands tokens to the journal; they go out when they are durable, while the next round runs."""
         fields: dict[str, str] = {}
+        if self._recorded_handles != self._instance_ids:
+            self._recorded_handles, fields = self._instance_ids, self._handles()
         if kept.finish is not None:
             statistics = self._snapshot().to_json()
             fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
@@ -297,6 +315,10 @@ class Generation:
         return self._statistics.snapshot(
             num_prompt_tokens=self._plan.prompt_len, num_generated_tokens=len(self._tokens) - self._plan.prompt_len
         )
+
+    @property
+    def _instance_ids(self) -> tuple[str, str]:
+        return self._target.instance_id, self._draft.instance_id
 
     def _handles(self) -> dict[str, str]:
         """Where the caches lie; only committed tokens count."""

@@ -19,7 +19,7 @@ from services.common.session_store import SessionStore
 from services.common.session_usage import SessionUsage
 from services.common.values import TokenOrigin
 from services.coordinator.journal import RecordCopy
-from services.coordinator.placement import Placed
+from services.coordinator.placement import Placed, Placement, Wish
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest, TextInput
 from services.coordinator.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ class Opened:
     `copy` is the record as it is now stored.
     """
 
+    placed: Placed
     plan: GenerationPlan
     prompt: tuple[int, ...]
     generated: tuple[int, ...]
@@ -47,17 +48,17 @@ class Opened:
 
 
 class SessionOpener:
-    """Acquires sessions in the name of the store's owner."""
+    """Acquires sessions in the name of the store's owner, and places their generations."""
 
-    def __init__(self, store: SessionStore, usage: SessionUsage, tokenizer: Tokenizer) -> None:
+    def __init__(self, store: SessionStore, usage: SessionUsage, placement: Placement) -> None:
         self._store = store
         self._usage = usage
-        self._tokenizer = tokenizer
+        self._placement = placement
 
     async def open(
         self,
         request: GenerationRequest,
-        placed: Placed,
+        tokenizer: Tokenizer,
         record: SessionRecord | None,
         source: SessionRecord | None = None,
     ) -> Opened:
@@ -65,47 +66,55 @@ class SessionOpener:
 
         Without a record, `source` is the one of which the new session is a fork.
         Raises Aborted SESSION_BUSY, FailedPrecondition MODEL_CHANGED or SESSION_CLOSED, DataLoss, InvalidArgument,
-        ResourceExhausted SESSION_LIMIT or TOKEN_LIMIT, Unavailable; RecordMoved: load the record again.
+        ResourceExhausted SESSION_LIMIT or TOKEN_LIMIT, Unavailable, and what Placement.place does; RecordMoved: load
+        the record again.
         """
-        base = record or source
-        if base and base.target_digest != placed.model.digest:
-            raise FailedPrecondition(
-                "MODEL_CHANGED", f"session {base.session_id} was begun with another model than the target's present one"
-            )
-        if record and record.request_id == request.request_id:
-            return await self._resume(request, placed, record)
-        if record and record.running and await self._is_running_elsewhere(record):
+        resumes = record is not None and record.request_id == request.request_id
+        if record and not resumes and record.running and await self._is_running_elsewhere(record):
             raise busy(request.session_id)
-        return await self._begin(request, placed, record, source)
+        self._placement.check(request.model)  # before the prompt is encoded in vain
+        base = record or (forked(request, source) if source else None)
+        turn = Turn(record.token_ids, 0, "") if record and resumes else await self._turn(request, tokenizer, base)
+        prompt_len = record.prompt_len if record and resumes else len(turn.token_ids)
+        placed = self._placement.place(_wish(request, turn.token_ids, prompt_len, base))
+        try:
+            _check_model(base, placed, resumes)
+            if record and resumes:
+                return await self._resume(request, tokenizer, placed, record)
+            return await self._begin(request, tokenizer, placed, turn, record, base)
+        except BaseException:
+            placed.release()
+            raise
 
     async def _is_running_elsewhere(self, record: SessionRecord) -> bool:
         return record.owner_id != self._store.owner_id and await self._store.is_alive(record.owner_id)
 
     async def _begin(
-        self, request: GenerationRequest, placed: Placed, record: SessionRecord | None, source: SessionRecord | None
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        placed: Placed,
+        turn: Turn,
+        record: SessionRecord | None,
+        base: SessionRecord | None,
     ) -> Opened:
-        fork = record.fork if record else 0
-        base = record
-        if source and not record:
-            base, fork = forked(request, source), _noise_fork(request.session_id)
-        turn = await self._turn(request, base)
+        """`base` is what the turn extends: the record, or what a new session is a fork of."""
         prompt_len = len(turn.token_ids)
         check_prompt_len(request, prompt_len, placed.target.max_sequence_len)
         check_same_prompt(request, prompt_len)
         adopted = adopted_tokens((), request.resume)
-        self._check_adopted(request, placed, turn.token_ids, (), adopted)
+        _check_adopted(request, tokenizer, placed, turn.token_ids, (), adopted)
         seed = secrets.randbits(64) if request.seed is None else request.seed
-        plan = self._plan(request, placed, prompt_len, seed, fork)
-        prompt_origins = (base.origins[: turn.num_kept_tokens] if base else b"").ljust(
-            prompt_len, bytes([PROMPT_ORIGIN])
-        )
-        origins = prompt_origins + _adopted_origins(adopted)
-        num_stored = turn.num_kept_tokens if record else 0  # of a fork, nothing
+        fork = record.fork if record else (_noise_fork(request.session_id) if base else 0)
+        plan = _plan(request, tokenizer, placed, prompt_len, seed, fork)
+        prompt_origins = base.origins[: turn.num_kept_tokens] if base else b""
+        origins = prompt_origins.ljust(prompt_len, bytes([PROMPT_ORIGIN])) + _adopted_origins(adopted)
+        num_stored = turn.num_kept_tokens if record else 0
         acquisition = Acquisition(
             session_id=request.session_id,
             expected_epoch=record.lease_epoch if record else None,
-            least_epoch=record.worker_epoch + 1 if record else 0,
             expected_len=len(record.token_ids) if record else 0,
+            least_epoch=record.worker_epoch + 1 if record else 0,
             num_kept_tokens=num_stored,
             token_ids=(*turn.token_ids[num_stored:], *adopted),
             origins=origins[num_stored:],
@@ -116,6 +125,7 @@ class SessionOpener:
                 "owner_key": request.owner_key,
                 "model": request.model,
                 "target_digest": placed.model.digest,
+                "target_numerics": placed.kind.numerics,
                 "draft_digest": placed.draft.model.digest if placed.draft and placed.draft.model else "",
                 "seed": str(seed),
                 "fork": str(fork),
@@ -127,6 +137,7 @@ class SessionOpener:
         )
         epoch = await self._reserve_and_acquire(request, acquisition, plan.max_len)
         return Opened(
+            placed=placed,
             plan=replace(plan, lease_epoch=epoch),
             prompt=turn.token_ids,
             generated=adopted,
@@ -145,17 +156,19 @@ class SessionOpener:
                 self._usage.note(request.owner_key, request.session_id, None)
             raise
 
-    async def _resume(self, request: GenerationRequest, placed: Placed, record: SessionRecord) -> Opened:
+    async def _resume(
+        self, request: GenerationRequest, tokenizer: Tokenizer, placed: Placed, record: SessionRecord
+    ) -> Opened:
         check_prompt_len(request, record.prompt_len, placed.target.max_sequence_len)
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
         adopted = adopted_tokens(generated, request.resume)
-        self._check_adopted(request, placed, prompt, generated, adopted)
+        _check_adopted(request, tokenizer, placed, prompt, generated, adopted)
         missing_log_probs = _missing_log_probs(request, len(adopted))
         acquisition = Acquisition(
             session_id=request.session_id,
             expected_epoch=record.lease_epoch,
-            least_epoch=record.worker_epoch + 1,
             expected_len=len(record.token_ids),
+            least_epoch=record.worker_epoch + 1,
             num_kept_tokens=len(record.token_ids),
             token_ids=adopted,
             origins=_adopted_origins(adopted),
@@ -168,11 +181,12 @@ class SessionOpener:
         except RecordMoved:
             await self._store.fence(request.session_id, record.lease_epoch)
             raise
-        plan = self._plan(request, placed, record.prompt_len, record.seed, record.fork)
+        plan = _plan(request, tokenizer, placed, record.prompt_len, record.seed, record.fork)
         self._usage.note(request.owner_key, request.session_id, plan.max_len)
         origins, log_probs = record.origins + _adopted_origins(adopted), record.log_probs + missing_log_probs
         fields = {**record.fields(), **acquisition.fields}
         return Opened(
+            placed=placed,
             plan=replace(plan, lease_epoch=epoch),
             prompt=prompt,
             generated=(*generated, *adopted),
@@ -182,50 +196,82 @@ class SessionOpener:
             copy=_copy((*record.token_ids, *adopted), origins, log_probs, fields),
         )
 
-    def _check_adopted(
-        self,
-        request: GenerationRequest,
-        placed: Placed,
-        prompt: tuple[int, ...],
-        generated: tuple[int, ...],
-        adopted: tuple[int, ...],
-    ) -> None:
-        """Raises InvalidArgument for tokens that lie behind the generation's end."""
-        if not adopted:
-            return
-        max_tokens = min(request.max_tokens, placed.target.max_sequence_len - len(prompt))
-        trimmer = new_trimmer(request, self._tokenizer, prompt, max_tokens)
-        whole = (*generated, *adopted)
-        if len(trimmer.trim(whole, [TokenOrigin.TARGET] * len(whole)).token_ids) < len(whole):
-            field = "resume.tokens_beyond_durable"
-            raise InvalidArgument("REQUEST_MISMATCH", f"{field}: go on behind the generation's end", field=field)
-
-    async def _turn(self, request: GenerationRequest, record: SessionRecord | None) -> Turn:
+    @staticmethod
+    async def _turn(request: GenerationRequest, tokenizer: Tokenizer, record: SessionRecord | None) -> Turn:
         small = record is None and isinstance(request.input, TextInput) and len(request.input.text) < _INLINE_ENCODE_LEN
         if small:
-            return next_turn(request, record, self._tokenizer)
-        return await asyncio.to_thread(next_turn, request, record, self._tokenizer)
+            return next_turn(request, record, tokenizer)
+        return await asyncio.to_thread(next_turn, request, record, tokenizer)
 
-    def _plan(
-        self, request: GenerationRequest, placed: Placed, prompt_len: int, seed: int, fork: int
-    ) -> GenerationPlan:
-        """Without its lease_epoch."""
-        eos = frozenset[int]() if request.ignore_eos else self._tokenizer.eos_token_ids
-        return GenerationPlan(
-            session_id=request.session_id,
-            lease_epoch=0,
-            prompt_len=prompt_len,
-            max_len=min(prompt_len + request.max_tokens, placed.target.max_sequence_len),
-            end_token_ids=eos | frozenset(request.stop_token_ids),
-            sampling=replace(request.sampling, seed=seed),
-            verification=request.verification,
-            num_draft_tokens=_num_draft_tokens(request, placed),
-            log_probs=request.log_probs,
-            num_top_log_probs=request.num_top_log_probs,
-            vocab_size=placed.model.vocab_size,
-            adaptive=request.num_draft_tokens is None,
-            fork=fork,
+
+def _wish(
+    request: GenerationRequest, token_ids: tuple[int, ...], prompt_len: int, record: SessionRecord | None
+) -> Wish:
+    target, draft = (record.target_handle, record.draft_handle) if record else (None, None)
+    return Wish(
+        model=request.model,
+        token_ids=token_ids,
+        max_len=prompt_len + request.max_tokens,
+        num_draft_tokens=request.num_draft_tokens,
+        draft=request.draft,
+        session_id=request.session_id,
+        target_instance_id=target.instance_id if target else "",
+        draft_instance_id=draft.instance_id if draft else "",
+    )
+
+
+def _check_model(record: SessionRecord | None, placed: Placed, resumes: bool) -> None:
+    """Raises FailedPrecondition MODEL_CHANGED. A generation that goes on needs equal arithmetic as well."""
+    if record is None:
+        return
+    changed = record.target_digest != placed.model.digest
+    if changed or (resumes and record.target_numerics != placed.kind.numerics):
+        raise FailedPrecondition(
+            "MODEL_CHANGED",
+            f"session {record.session_id} was begun with another model than the target's present one"
+            + ("" if changed else f" ({record.target_numerics}, now {placed.kind.numerics})"),
         )
+
+
+def _plan(
+    request: GenerationRequest, tokenizer: Tokenizer, placed: Placed, prompt_len: int, seed: int, fork: int
+) -> GenerationPlan:
+    """Without its lease_epoch."""
+    eos = frozenset[int]() if request.ignore_eos else tokenizer.eos_token_ids
+    return GenerationPlan(
+        session_id=request.session_id,
+        lease_epoch=0,
+        prompt_len=prompt_len,
+        max_len=min(prompt_len + request.max_tokens, placed.target.max_sequence_len),
+        end_token_ids=eos | frozenset(request.stop_token_ids),
+        sampling=replace(request.sampling, seed=seed),
+        verification=request.verification,
+        num_draft_tokens=_num_draft_tokens(request, placed),
+        log_probs=request.log_probs,
+        num_top_log_probs=request.num_top_log_probs,
+        vocab_size=placed.model.vocab_size,
+        adaptive=request.num_draft_tokens is None,
+        fork=fork,
+    )
+
+
+def _check_adopted(
+    request: GenerationRequest,
+    tokenizer: Tokenizer,
+    placed: Placed,
+    prompt: tuple[int, ...],
+    generated: tuple[int, ...],
+    adopted: tuple[int, ...],
+) -> None:
+    """Raises InvalidArgument for tokens that lie behind the generation's end."""
+    if not adopted:
+        return
+    max_tokens = min(request.max_tokens, placed.target.max_sequence_len - len(prompt))
+    trimmer = new_trimmer(request, tokenizer, prompt, max_tokens)
+    whole = (*generated, *adopted)
+    if len(trimmer.trim(whole, [TokenOrigin.TARGET] * len(whole)).token_ids) < len(whole):
+        field = "resume.tokens_beyond_durable"
+        raise InvalidArgument("REQUEST_MISMATCH", f"{field}: go on behind the generation's end", field=field)
 
 
 def new_trimmer(request: GenerationRequest, tokenizer: Tokenizer, prompt: tuple[int, ...], max_tokens: int) -> Trimmer:

@@ -17,15 +17,16 @@ from outrider.v1 import sampling_pb2
 
 from services.common import wire
 from services.common.service import end_tasks
-from services.common.values import FinishReason, ModelInfo, TokenOrigin
+from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
+from services.coordinator.draft_pools import DraftPool
 from services.coordinator.output import Chunk, Started
-from services.coordinator.placement import DraftPool, Placement, Served
+from services.coordinator.placement import Placement, Served
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.status import StatusReader, WorkerStatus
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.tokenizer_set import TokenizerSet
 from services.coordinator.trim import Trimmed
 
 _FINISH_REASONS = {
@@ -48,19 +49,19 @@ class CoordinatorServicer:
         config: CoordinatorConfig,
         coordinator: Coordinator,
         placement: Placement,
-        tokenizer: Tokenizer,
+        tokenizers: TokenizerSet,
         status: StatusReader,
     ) -> None:
         self._config = config
         self._status = status
         self._coordinator = coordinator
         self._placement = placement
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        admitted = admit(request, self._limits())
+        admitted = admit(request, self._limits(request.model))
         async with contextlib.AsyncExitStack() as stack:
             opening = asyncio.create_task(
                 stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
@@ -108,16 +109,19 @@ class CoordinatorServicer:
             num_requests_running=coordinator.num_streaming,
             num_requests_waiting=coordinator.num_waiting,
             workers=[_encode_worker(worker) for worker in await status.workers()],
-            drafts=[_encode_pool(pool, served.model) for served in self._placement.served for pool in served.drafts],
+            drafts=[_encode_pool(pool, served) for served in self._placement.served for pool in served.drafts],
             activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
         )
 
-    def _limits(self) -> Limits:
+    def _limits(self, model: str) -> Limits:
+        """For a request that names `model`, or none."""
         served = self._placement.served
-        vocab_sizes = [self._tokenizer.vocab_size, *(pair.model.vocab_size for pair in served)]
+        named = [pair.model for pair in served if model in ("", pair.model.name)]
+        tokenizers = [tokenizer for pair in named if (tokenizer := self._tokenizers.find(pair.name))]
+        vocab_sizes = [tokenizer.vocab_size for tokenizer in tokenizers] + [pair.vocab_size for pair in named]
         return Limits(
             models=tuple(pair.model.name for pair in served),
-            vocab_size=min(vocab_sizes),
+            vocab_size=min(vocab_sizes, default=self._tokenizers.vocab_size),
             default_num_draft_tokens=self._config.fixed_num_draft_tokens,
             max_draft_tokens=self._config.max_draft_tokens,
             max_prompt_bytes=self._config.max_prompt_bytes,
@@ -189,8 +193,8 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
 
 
 def _encode_served(served: Served) -> pb.ServedModel:
-    drafts = [_encode_pool(pool, served.model) for pool in served.drafts]
-    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.link.up), pb.DraftPool())
+    drafts = [_encode_pool(pool, served) for pool in served.drafts]
+    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.up), pb.DraftPool())
     return pb.ServedModel(
         name=served.model.name,
         digest=served.model.digest,
@@ -211,15 +215,15 @@ def _encode_worker(worker: WorkerStatus) -> pb.WorkerStatus:
     return pb.WorkerStatus(role=role, address=view.address, pool=view.pool, up=view.up, trouble=trouble, info=info)
 
 
-def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:
-    info = pool.link.info
+def _encode_pool(pool: DraftPool, served: Served) -> pb.DraftPool:
+    info, counts = pool.info, pool.share(served.model.name).counts
     return pb.DraftPool(
         name=pool.name,
         weight=pool.weight,
         drafter=info.drafter if info else "",
         draft_model=info.model.name if info and info.model else "",
-        ready=pool.fits(model),
-        num_drafts=pool.counts.num_drafts,
-        num_draft_tokens=pool.counts.num_draft_tokens,
-        num_accepted_tokens=pool.counts.num_accepted_tokens,
+        ready=pool.fits(served.kind),
+        num_drafts=counts.num_drafts,
+        num_draft_tokens=counts.num_draft_tokens,
+        num_accepted_tokens=counts.num_accepted_tokens,
     )
