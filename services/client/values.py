@@ -133,7 +133,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counts and times of one generation; the times are those of the last stream, if it was resumed.
+    """Counts and times of one generation; if it was resumed, rounds, drafts and times are those of the last stream.
 
     `overhead_ms`: each round's wall time at the coordinator less the workers' own reported times; `rounds` is parallel.
     """

@@ -33,13 +33,16 @@ from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tally import CoordinatorTally, Kind
 from services.coordinator.tokenizer_set import TokenizerSet
+from services.coordinator.unbroken import unbroken
 
 log = logging.getLogger(__name__)
 
 _MAX_OPENINGS = 3
 """Tries to open a session whose record moves on while it is read; the second is fenced against its old owner."""
 _ENDING_S = 0.2
-"""What a generation may take to end after its client went away, before the next request is told that it is busy."""
+"""What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
+_OPENING_S = 5.0
+"""What openings may take to end when the coordinator stops: more than the store takes to answer, or to be given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class Coordinator:
     async def aclose(self) -> None:
         """Stops at once whatever still runs; streams end with Unavailable MOVED."""
         self._draining = True
+        await wait_until(lambda: not self._opening, _OPENING_S)
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
         await end_tasks(*self._hearts)
@@ -141,13 +145,11 @@ class Coordinator:
         ids = {"session_id": request.session_id, "request_id": request.request_id}
         with self._tracer.start("outrider.generate", traceparent, **ids) as span:
             await self._let_end(request)
-            with self._reserve(request), span.child("outrider.open"):
-                stream = await self._open(request, arrived_ns, span)
+            stream = await unbroken(self._open_reserved(request, arrived_ns, span), _end)
             try:
                 yield stream
             finally:
-                if stream.generation is not None:
-                    await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+                await _end(stream)
 
     async def get(self, session_id: str, owner_key: str = ANONYMOUS) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
@@ -174,8 +176,11 @@ class Coordinator:
             raise
 
     async def _let_end(self, request: GenerationRequest) -> None:
-        """A client that leaves a stream and sends the next turn at once may overtake the news that it left."""
-        running = self._running.get(request.session_id)
+        """A client that leaves a stream and comes again at once may overtake the news that it left."""
+        session_id = request.session_id
+        if session_id in self._opening:
+            await wait_until(lambda: session_id not in self._opening, _ENDING_S)
+        running = self._running.get(session_id)
         if running and running.request_id != request.request_id:
             await running.generation.wait(_ENDING_S)
 
@@ -202,6 +207,10 @@ class Coordinator:
         finally:
             self._opening.discard(session_id)
 
+    async def _open_reserved(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
+        with self._reserve(request), span.child("outrider.open"):
+            return await self._open(request, arrived_ns, span)
+
     async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
             self._placement.check(request.model)
@@ -214,14 +223,14 @@ class Coordinator:
             if record and record.request_id == request.request_id:
                 check_same_request(request, record.request_digest)
                 if record.finish_reason:
-                    return self._finished(request, record)
+                    return await self._finished(request, record)
             source = await self._source(request) if record is None else None
             try:
                 opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
             except RecordMoved:
                 continue
             try:
-                return self._run(request, opened, arrived_ns, span)
+                return await self._run(request, opened, arrived_ns, span)
             except BaseException:
                 opened.placed.release()
                 raise
@@ -243,25 +252,25 @@ class Coordinator:
             raise _unknown(source_id)
         return source
 
-    def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
+    async def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
         output = self._new_output()
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
         trimmer = new_trimmer(request, self._tokenizers.get(request.model), prompt, len(generated))
         origins = record.origins[record.prompt_len :]
-        past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
+        past = await replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
         output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
         if record.finish_reason:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, opened: Opened, arrived_ns: int, span: Span) -> Stream:
-        placed, output = opened.placed, self._new_output()
+    async def _run(self, request: GenerationRequest, opened: Opened, arrived_ns: int, span: Span) -> Stream:
+        placed, output = opened.placed, self._new_output(len(opened.generated))
         plan = replace(opened.plan, traceparent=span.traceparent)
         tokenizer = self._tokenizers.get(request.model)
         tokens = [*opened.prompt, *opened.generated]
         trimmer = new_trimmer(request, tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
-        past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
+        past = await replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
         if unread.token_ids or unread.tail:
             output.put(replace(unread, finish=None), len(opened.generated))
@@ -299,8 +308,12 @@ class Coordinator:
             del self._running[request.session_id]
             self._usage.note(request.owner_key, request.session_id, num_tokens)
 
-    def _new_output(self) -> Output:
-        return Output(max_unread_tokens=self._config.max_unread_tokens, slow_client_s=self._config.slow_client_s)
+    def _new_output(self, durable_len: int = 0) -> Output:
+        return Output(
+            max_unread_tokens=self._config.max_unread_tokens,
+            slow_client_s=self._config.slow_client_s,
+            durable_len=durable_len,
+        )
 
     async def _beat_streams(self) -> None:
         """Signs of life to clients whose streams are quiet."""
@@ -327,6 +340,12 @@ def _own(record: SessionRecord | None, session_id: str, owner_key: str) -> Sessi
 
 def _unknown(session_id: str) -> NotFound:
     return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+
+
+async def _end(stream: Stream) -> None:
+    """Nobody reads the stream any more."""
+    if stream.generation is not None:
+        await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:

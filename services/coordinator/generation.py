@@ -90,6 +90,7 @@ class Generation:
         self._lap_started_ns = 0
         self._finish = finish
         self._recorded_handles = ("", "")
+        self._begun = False
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
@@ -119,12 +120,12 @@ class Generation:
             self._abandon(error)
         if self._task is not None:
             await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
-            if self._task.cancelled():  # before its first step
-                self._close_sequences()
-                self._end_stopped()
 
     async def _run(self) -> None:
+        self._begun = True
         try:
+            if self._abandoned:
+                raise asyncio.CancelledError
             if self._finish is not None:
                 self._commit_and_emit(self._trimmer.trim((), ()))
             else:
@@ -299,7 +300,8 @@ class Generation:
         """Ends the loop at its present await; only the first call counts."""
         if self._task is not None and not self._abandoned:
             self._abandoned, self._stop_error = True, error
-            self._task.cancel()
+            if self._begun:  # a task that is cancelled before its first step would release nothing
+                self._task.cancel()
 
     def _lap_ns(self) -> int:
         """Time since the last call: a round's wall time, with whatever kept it from starting."""

@@ -28,6 +28,8 @@ from services.coordinator.turns import Turn, adopted_tokens, check_prompt_len, c
 
 _INLINE_ENCODE_LEN = 2_000
 """Characters of a plain prompt that are encoded on the event loop: less than handing them to a thread would take."""
+_INLINE_REPLAY_LEN = 256
+"""Tokens whose text is made on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +287,15 @@ def new_trimmer(request: GenerationRequest, tokenizer: Tokenizer, prompt: tuple[
     return Trimmer(rules, tokenizer.text_stream(include_special_tokens=request.include_special_tokens, context=prompt))
 
 
-def replay(trimmer: Trimmer, generated: tuple[int, ...], origins: bytes, log_probs: bytes, num_top: int) -> Trimmed:
-    """Feeds a fresh trimmer with tokens that exist already."""
-    return trimmer.trim(generated, [TokenOrigin(byte) for byte in origins], *unpack_log_probs(log_probs, num_top))
+async def replay(
+    trimmer: Trimmer, generated: tuple[int, ...], origins: bytes, log_probs: bytes, num_top: int
+) -> Trimmed:
+    """Feeds a fresh trimmer with tokens that exist already; many of them on a thread."""
+
+    def trim() -> Trimmed:
+        return trimmer.trim(generated, [TokenOrigin(byte) for byte in origins], *unpack_log_probs(log_probs, num_top))
+
+    return trim() if len(generated) <= _INLINE_REPLAY_LEN else await asyncio.to_thread(trim)
 
 
 def check_same_request(request: GenerationRequest, digest: str) -> None:

@@ -88,10 +88,9 @@ class GenerationRequest:
 
     def parameters(self) -> str:
         """The parameters as JSON, for the session's record. The prompt is not among them."""
-        values = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in ("session_id", "request_id", "input", "resume", "owner_key")
-        }
-        values["verification"] = self.verification.value
+        left_out = ("session_id", "request_id", "input", "resume", "owner_key")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        values: dict[str, object] = {name: getattr(self, name) for name in names}
+        values |= {"sampling": dataclasses.asdict(self.sampling), "verification": self.verification.value}
+        values["fork"] = dataclasses.asdict(self.fork) if self.fork else None
         return json.dumps(values, sort_keys=True)

@@ -110,12 +110,6 @@ class Trimmer:
             self._finish,
         )
 
-    def finish_early(self) -> str:
-        """Ends the text where it stands, as for a generation that was cut off; the text that was held back."""
-        tail = self._rest()
-        self._parts.append(tail)
-        return tail
-
     def _reason(self, token_id: int, stopped: bool) -> FinishReason | None:
         if token_id in self._rules.eos_token_ids:
             return FinishReason.EOS

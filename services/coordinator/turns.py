@@ -15,6 +15,7 @@ from services.common.errors import DataLoss, InvalidArgument
 from services.common.session_record import SessionRecord
 from services.coordinator.chat_template import Message
 from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.stop_search import StopSearch
 from services.coordinator.tokenizer import Tokenizer
 
 
@@ -121,11 +122,15 @@ def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _reply(record: SessionRecord, tokenizer: Tokenizer) -> str:
-    """The assistant's last reply as text; of a generation that was cut off, what there is of it."""
-    if record.reply or record.finish_reason:
+    """The assistant's last reply as text, without special tokens; of a generation that was cut off, what there is."""
+    parameters = json.loads(record.parameters or "{}")
+    if (record.reply or record.finish_reason) and not parameters.get("include_special_tokens"):
         return record.reply
     text = tokenizer.text_stream(include_special_tokens=False, context=record.token_ids[: record.prompt_len])
-    return "".join(text.push(token_id) for token_id in record.token_ids[record.prompt_len :]) + text.flush()
+    whole = "".join(text.push(token_id) for token_id in record.token_ids[record.prompt_len :]) + text.flush()
+    search = StopSearch(parameters.get("stop", ()))
+    found = search.push(whole)
+    return found.text if found.stopped else found.text + search.flush()
 
 
 def _encode(messages: Sequence[Message]) -> str:

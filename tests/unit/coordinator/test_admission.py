@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common import wire
 from services.common.errors import InvalidArgument, NotFound, OutriderError
 from services.common.values import VerificationMethod
+from services.coordinator import admission
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.chat_template import Message
 from services.coordinator.request import ChatInput, Fork, GenerationRequest, TokenInput
@@ -226,6 +230,43 @@ def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> No
     assert admit(a_prompt(max_tokens=5), LIMITS).digest != base
     assert admit(pb.GenerateRequest(prompt="b"), LIMITS).digest != base
     assert admit(sampling(seed=0), LIMITS).digest != base
+
+
+def test_the_parameters_are_written_without_going_through_the_prompt() -> None:
+    class Untouchable(tuple[int, ...]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("a prompt may be long, and this is done on the event loop")
+
+    request = replace(admit(a_prompt(), LIMITS), input=TokenInput(Untouchable((1, 2))))
+    assert json.loads(request.parameters())["max_tokens"] == request.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.GenerateRequest(prompt="a", stop_token_ids=[1] * 65), "stop_token_ids"),
+        (pb.GenerateRequest(prompt="a", stop=["x"] * 17), "stop"),
+        (
+            pb.GenerateRequest(prompt="a", resume=pb.ResumePoint(num_received_tokens=1, tokens_beyond_durable=[1, 2])),
+            "resume.tokens_beyond_durable",
+        ),
+        (sampling(logit_bias=dict.fromkeys(range(301), 1.0)), "sampling.logit_bias"),
+        (pb.GenerateRequest(chat=pb.ChatInput(messages=[pb.ChatMessage()] * 1025)), "chat.messages"),
+        (pb.GenerateRequest(tokens=pb.TokenInput(token_ids=[1] * 251)), "tokens.token_ids"),
+    ],
+)
+def test_too_many_entries_are_refused_before_they_are_looked_at(
+    message: pb.GenerateRequest, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr(admission, "_token_ids", lambda field, *_: looked_at.append(field) or ())
+    if message.sampling.logit_bias:
+        monkeypatch.setattr(wire, "sampling_from_proto", lambda _: looked_at.append("sampling"))
+    with pytest.raises(InvalidArgument) as caught:
+        admit(message, LIMITS)
+    assert caught.value.field == field
+    assert field not in looked_at
+    assert "sampling" not in looked_at
 
 
 def test_a_session_id_must_be_given_where_one_is_meant() -> None:

@@ -30,10 +30,13 @@ class SlowStore:
     """Stores commits once it may."""
 
     def __init__(self) -> None:
-        self.may_answer = asyncio.Event()
+        self.was_asked, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.stored: list[Write] = []
 
     async def write_all(self, writes: Sequence[Write]) -> list[OutriderError | RecordLost | None]:
+        self.was_asked.set()
         await self.may_answer.wait()
+        self.stored += writes
         return [None] * len(writes)
 
 
@@ -76,19 +79,27 @@ async def chunks_of(output: Output) -> list[Chunk]:
 
 
 @pytest.mark.parametrize("error", [TAKEN_OVER, None])
-async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
-    output = Output(max_unread_tokens=16, slow_client_s=1.0)
+async def test_a_generation_stopped_before_its_first_step_ends_its_stream_and_releases_its_record(
+    error: Aborted | None,
+) -> None:
+    store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
+    store.may_answer.set()
+    committer = Committer(store, outage_after_s=60)
+    committer.start()
     route = FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC))
-    generation = new_generation(Committer(SlowStore(), outage_after_s=60), output, route=route)
+    generation = new_generation(committer, output, route=route)
     generation.start()
     await generation.stop(error)
     assert route.closed
     async with asyncio.timeout(1):
+        await generation.stop(error)
         if error:
             with pytest.raises(Aborted):
                 await chunks_of(output)
         else:
             assert (await chunks_of(output))[-1].finish is FinishReason.CLOSED
+    assert [commit.fields for commit in store.stored] == [{"running": "0"}]
+    await committer.aclose()
 
 
 async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_is() -> None:
@@ -97,9 +108,10 @@ async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_
     committer.start()
     generation = new_generation(committer, output, FinishReason.LENGTH)
     generation.start()
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(1):
+        await store.was_asked.wait()
     waiting = asyncio.create_task(generation.stop(TAKEN_OVER))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
     store.may_answer.set()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +98,15 @@ def test_the_reply_of_a_generation_that_was_cut_off_is_what_there_is() -> None:
     record = a_record([*prompt, *b"par"], len(prompt), messages='[["user", "hello"]]')
     turn = next_turn(a_request(ChatInput((Message("user", "go on"),))), record, TOKENIZER)
     assert json.loads(turn.messages)[1] == ["assistant", "par"]
+
+
+@pytest.mark.parametrize(("end", "reply"), [((256,), "hi<eos>"), (tuple(b"STOP"), "hi")])
+def test_special_tokens_that_the_client_saw_are_no_part_of_the_reply(end: tuple[int, ...], reply: str) -> None:
+    prompt = TOKENIZER.encode_chat(HELLO)
+    record = a_record([*prompt, *b"hi", *end], len(prompt), messages='[["user", "hello"]]', reply=reply)
+    record = replace(record, parameters='{"include_special_tokens": true, "stop": ["STOP"]}')
+    turn = next_turn(a_request(ChatInput((Message("user", "bye"),))), record, TOKENIZER)
+    assert json.loads(turn.messages)[1] == ["assistant", "hi"]
 
 
 @pytest.mark.parametrize("what", [TextInput("ab"), TokenInput((97, 98))])
