@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
