@@ -6,7 +6,7 @@ FROM ${BASE_IMAGE} AS builder
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN apt-get update && \
     apt-get install -y --no-install-recommends ca-certificates python3 python3-venv && \
-    rm -rf /var/lib/apt/lists/*
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log
 WORKDIR /build
 COPY constraints.txt pyproject.toml README.md ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/build-ca.pem \
@@ -27,7 +27,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
 FROM ${BASE_IMAGE}
 RUN apt-get update && \
     apt-get install -y --no-install-recommends ca-certificates python3 && \
-    rm -rf /var/lib/apt/lists/* && \
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log && \
     useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin outrider && \
     install -d -o outrider -g outrider /models
 COPY docker/healthcheck.py /usr/local/lib/outrider/healthcheck.py

@@ -7,7 +7,7 @@ FROM ${BASE_IMAGE} AS builder
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN apt-get update && \
     apt-get install -y --no-install-recommends ca-certificates python3 python3-venv && \
-    rm -rf /var/lib/apt/lists/*
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log
 WORKDIR /build
 COPY constraints.txt pyproject.toml README.md ./
 # Where torch comes from, if not from pip's configured index; PyTorch's own page lists an index for each build.
@@ -34,7 +34,7 @@ ARG VARIANT=cpu
 RUN apt-get update && \
     apt-get install -y --no-install-recommends ca-certificates python3 libgomp1 && \
     if [ "${VARIANT}" = cuda ]; then apt-get install -y --no-install-recommends gcc libc6-dev python3-dev; fi && \
-    rm -rf /var/lib/apt/lists/* && \
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log && \
     useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin outrider && \
     install -d -o outrider -g outrider /models
 COPY docker/healthcheck.py /usr/local/lib/outrider/healthcheck.py

@@ -27,7 +27,7 @@ digest is computed here and kept beside the weights, so that no worker has to re
 set -eu
 while [ "$#" -gt 0 ]; do
   if [ ! -f "$3/.complete" ]; then
-    hf download "$1" --revision "$2" --local-dir "$3" ${WEIGHTS_ONLY_EXCLUDE:+--exclude "$WEIGHTS_ONLY_EXCLUDE"} \
+    hf download "$1" --revision "$2" --local-dir "$3" ${EXCLUDE:+--exclude "$EXCLUDE"} \
       --exclude '*/*' --exclude '*.bin' --exclude '*.pt' --exclude '*.pth' --exclude '*.gguf' --exclude 'consolidated*'
     python -c 'import pathlib, sys; from services.engine.digest import model_digest; model_digest(pathlib.Path(sys.argv[1]))' "$3"
     touch "$3/.complete"
@@ -53,7 +53,7 @@ env:
   - {name: HF_HOME, value: /tmp/huggingface}
   - {name: HF_HUB_DISABLE_TELEMETRY, value: "1"}
 {{- if not .weights }}
-  - {name: WEIGHTS_ONLY_EXCLUDE, value: "*.safetensors"}
+  - {name: EXCLUDE, value: "*.safetensors"}
 {{- end }}
 {{- with .root.Values.models.hubEndpoint }}
   - {name: HF_ENDPOINT, value: {{ . | quote }}}

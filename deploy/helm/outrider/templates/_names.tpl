@@ -3,7 +3,7 @@
 {{- define "outrider.fullname" -}}
 {{- $name := .Values.nameOverride | default .Chart.Name -}}
 {{- $full := .Values.fullnameOverride | default (ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name)) -}}
-{{- $full | trunc 30 | trimSuffix "-" -}}
+{{- $full | trunc 28 | trimSuffix "-" -}}
 {{- end }}
 
 {{/* Selector labels. Takes root, component, and pool where it belongs to one. */}}
@@ -28,10 +28,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end }}
 
-{{/* Labels of a pod: those, and the component's own. Takes what outrider.selector takes, and part. */}}
+{{/*
+Labels of a pod, with the component's own. Without versions: these would restart every pod, and Redis, at each upgrade.
+Takes what outrider.selector takes, and part.
+*/}}
 {{- define "outrider.podLabels" -}}
-{{- $labels := include "outrider.labels" . | fromYaml -}}
-{{- toYaml (merge $labels (.part.podLabels | default dict)) }}
+{{- $labels := include "outrider.selector" . | fromYaml -}}
+{{- toYaml (merge $labels (.part.podLabels | default dict) .root.Values.commonLabels) }}
 {{- end }}
 
 {{/* An image of the project. Takes root, part, and gpus. */}}

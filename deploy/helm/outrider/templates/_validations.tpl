@@ -6,6 +6,7 @@
 {{- include "outrider.validateTls" . -}}
 {{- include "outrider.validateAutoscaling" . -}}
 {{- include "outrider.validateRoutes" . -}}
+{{- include "outrider.validateRollingUpdate" (dict "name" "coordinator" "part" .Values.coordinator) -}}
 {{- include "outrider.validateGrace" (dict "name" "coordinator" "part" .Values.coordinator) -}}
 {{- include "outrider.validateSettings" (dict "name" "coordinator" "part" .Values.coordinator "owned" (list "host" "port" "redis_url" "targets" "drafts" "tokenizer")) -}}
 {{- if and .Values.auth.apiKeysSecret (not .Values.tls.enabled) -}}
@@ -47,11 +48,16 @@
 {{- include "outrider.validateGpus" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- include "outrider.validateGrace" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- include "outrider.validateSettings" (dict "where" .where "name" "draft" "part" .part "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size" "drafter")) -}}
-{{- if and (eq (int .part.rollingUpdate.maxSurge) 0) (eq (toString .part.rollingUpdate.maxUnavailable) "0") -}}
-  {{- fail (printf "%sdraft.rollingUpdate: with maxSurge and maxUnavailable both 0 no update could ever begin" .where) -}}
-{{- end -}}
+{{- include "outrider.validateRollingUpdate" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- if and (ne .part.model "simulated") (eq .target.model "simulated") (include "outrider.draftHasModel" .part) -}}
   {{- fail (printf "%sdraft.model: a simulated target has no vocabulary that a real draft could share; set draft.drafter=simulated" .where) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "outrider.validateRollingUpdate" -}}
+{{- $none := list "0" "0%" -}}
+{{- if and (has (toString .part.rollingUpdate.maxSurge) $none) (has (toString .part.rollingUpdate.maxUnavailable) $none) -}}
+  {{- fail (printf "%s%s.rollingUpdate: with maxSurge and maxUnavailable both 0 no update could ever begin" (.where | default "") .name) -}}
 {{- end -}}
 {{- end }}
 

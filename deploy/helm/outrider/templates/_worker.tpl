@@ -75,9 +75,9 @@ spec:
 {{- define "outrider.workerResources" -}}
 {{- $resources := deepCopy .resources -}}
 {{- if gt (int .gpu.count) 0 -}}
-  {{- $gpu := dict .gpu.resourceName (int .gpu.count) -}}
-  {{- $_ := set $resources "limits" (merge $gpu ($resources.limits | default dict)) -}}
-  {{- $_ := set $resources "requests" (merge $gpu ($resources.requests | default dict)) -}}
+  {{- range $kind := list "limits" "requests" -}}
+    {{- $_ := set $resources $kind (merge (dict $.gpu.resourceName (int $.gpu.count)) (get $resources $kind | default dict)) -}}
+  {{- end -}}
 {{- end -}}
 {{- toYaml $resources }}
 {{- end }}
@@ -94,6 +94,6 @@ spec:
   clusterIP: None
   selector: {{- include "outrider.selector" (dict "root" .root "component" .component "pool" .pool.name) | nindent 4 }}
   ports:
-    - {name: grpc, port: {{ .port }}, targetPort: grpc, appProtocol: grpc}
+    - {name: grpc, port: {{ .port }}, targetPort: grpc}
     - {name: metrics, port: 9090, targetPort: metrics}
 {{- end }}
