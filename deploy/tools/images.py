@@ -109,7 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="of the workers' images")
     parser.add_argument("--tag", default=version())
     parser.add_argument("--base-image", help="instead of the pinned one")
-    parser.add_argument("--torch-index-url", help="where pip finds the build of torch, if not where it is configured to")
+    parser.add_argument(
+        "--torch-index-url", help="where pip finds the build of torch, if not where it is configured to"
+    )
     options = parser.parse_args(arguments)
     build = Build(find_engine(), options.tag, options.variant, options.base_image, options.torch_index_url)
     pip = read_pip_config()

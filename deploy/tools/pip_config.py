@@ -17,7 +17,16 @@ CA_IN_BUILD = "/run/build-ca.pem"
 """Where a Dockerfile mounts the secret `ca`."""
 
 _LINE = re.compile(r"(?P<scope>global|install|:env:)\.(?P<name>[\w-]+)='(?P<value>.*)'")
-_TRAVELS = {"index-url", "extra-index-url", "find-links", "trusted-host", "timeout", "default-timeout", "retries", "cert"}
+_TRAVELS = {
+    "index-url",
+    "extra-index-url",
+    "find-links",
+    "trusted-host",
+    "timeout",
+    "default-timeout",
+    "retries",
+    "cert",
+}
 
 
 class PipConfig(NamedTuple):

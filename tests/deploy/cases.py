@@ -99,7 +99,8 @@ CASES: dict[str, Values] = {
     "gpu": GPU,
     "everything": EVERYTHING,
     "given certificates": merged(
-        PAIR, {"tls": {"existingSecrets": {part: f"{part}-cert" for part in ("coordinator", "draft", "target", "redis")}}}
+        PAIR,
+        {"tls": {"existingSecrets": {part: f"{part}-cert" for part in ("coordinator", "draft", "target", "redis")}}},
     ),
     "plain decoding": merged(GPU, {"draft": {"enabled": False, "model": ""}}),
     "draft without a model": merged(
@@ -126,14 +127,18 @@ CASES: dict[str, Values] = {
     "models in each pod": merged(GPU, {"models": {"mode": "pod"}}),
     "models already there": merged(GPU, {"models": {"download": False, "volume": {"existingClaim": "models"}}}),
     "models online": merged(GPU, {"models": {"offline": False}}),
-    "external Redis": merged(GPU, {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com:6380/1"}}}),
+    "external Redis": merged(
+        GPU, {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com:6380/1"}}}
+    ),
     "external Redis in a secret": merged(
         GPU, {"redis": {"enabled": False, "external": {"existingSecret": "redis-url", "port": 6380}}}
     ),
     "external Redis in plaintext": merged(
         SIMULATED, {"redis": {"enabled": False, "external": {"url": "redis://10.0.0.9", "insecure": True}}}
     ),
-    "nothing kept": merged(SIMULATED, {"redis": {"persistence": {"enabled": False}}, "networkPolicy": {"enabled": False}}),
+    "nothing kept": merged(
+        SIMULATED, {"redis": {"persistence": {"enabled": False}}, "networkPolicy": {"enabled": False}}
+    ),
     "own account": merged(SIMULATED, {"serviceAccount": {"create": False, "coordinatorName": "outrider-reader"}}),
     "one GPU a target": merged(GPU, {"target": {"gpu": {"count": 1}}}),
     "pinned images": merged(
@@ -141,7 +146,8 @@ CASES: dict[str, Values] = {
         {part: {"image": {"digest": "sha256:" + "0" * 64}} for part in ("coordinator", "draft", "target", "redis")},
     ),
     "long names": merged(
-        GPU, {"fullnameOverride": "a-very-long-name-that-somebody-chose", "pools": [{"name": "fifteen-letters", **PAIR}]}
+        GPU,
+        {"fullnameOverride": "a-very-long-name-that-somebody-chose", "pools": [{"name": "fifteen-letters", **PAIR}]},
     ),
 }
 GIVEN_SECRETS = {

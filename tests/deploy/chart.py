@@ -99,7 +99,7 @@ def containers(pod: Manifest) -> list[Manifest]:
 
 
 def env_of(container: Manifest) -> dict[str, str]:
-    """A container's variables; those from a Secret have the value `secret`, and $(NAME) is replaced as Kubernetes does."""
+    """A container's variables; those from a Secret are `secret`, and $(NAME) is replaced as Kubernetes does."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         value = variable.get("value", "secret")

@@ -68,7 +68,9 @@ def test_a_draft_gets_one_gpu_and_a_target_two() -> None:
 
 
 def test_replicas_of_drafts_and_targets_are_set_apart() -> None:
-    manifests = render(merged(GPU, {"draft": {"replicas": 5}, "target": {"replicas": 3}, "coordinator": {"replicas": 4}}))
+    manifests = render(
+        merged(GPU, {"draft": {"replicas": 5}, "target": {"replicas": 3}, "coordinator": {"replicas": 4}})
+    )
     assert named(manifests, "Deployment", "test-outrider-draft")["spec"]["replicas"] == 5
     assert named(manifests, "StatefulSet", "test-outrider-target")["spec"]["replicas"] == 3
     assert named(manifests, "Deployment", "test-outrider-coordinator")["spec"]["replicas"] == 4
@@ -102,7 +104,9 @@ def test_workers_are_taken_away_one_at_a_time_and_no_faster_than_they_drain() ->
     for scaler in of_kind(manifests, "ScaledObject"):
         behavior = scaler["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
         (policy,) = behavior["policies"]
-        grace = pod_of(manifests, scaler["metadata"]["name"].rpartition("-")[2])["spec"]["terminationGracePeriodSeconds"]
+        grace = pod_of(manifests, scaler["metadata"]["name"].rpartition("-")[2])["spec"][
+            "terminationGracePeriodSeconds"
+        ]
         assert policy == {"type": "Pods", "value": 1, "periodSeconds": grace}
 
 
@@ -111,13 +115,16 @@ def test_the_whole_model_load_fits_into_the_startup_probe() -> None:
     probe = main_container(manifests, "target")["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 3601
     assert probe["grpc"]["service"] == "outrider.v1.TargetService"
-    assert main_container(manifests, "coordinator")["startupProbe"]["grpc"]["service"] == ""  # targets may load for long
+    assert (
+        main_container(manifests, "coordinator")["startupProbe"]["grpc"]["service"] == ""
+    )  # targets may load for long
 
 
 def test_gpus_of_one_pod_share_memory() -> None:
     spec = pod_of(render(GPU), "target")["spec"]
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in spec["volumes"]
-    assert {"name": "shm", "mountPath": "/dev/shm"} in spec["containers"][0]["volumeMounts"]
+    (mount,) = (mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "shm")
+    assert mount["mountPath"] == "/dev/shm"  # noqa: S108
     assert "shm" not in json.dumps(pod_of(render(CASES["one GPU a target"]), "target"))
 
 
@@ -237,7 +244,8 @@ def test_the_monitor_reads_every_service_once() -> None:
     read = [
         named(manifests, "Service", service["metadata"]["name"])["spec"]["selector"]["app.kubernetes.io/component"]
         for service in of_kind(manifests, "Service")
-        if matches(selector, service["metadata"]["labels"]) and "metrics" in [p["name"] for p in service["spec"]["ports"]]
+        if matches(selector, service["metadata"]["labels"])
+        and "metrics" in [p["name"] for p in service["spec"]["ports"]]
     ]
     assert sorted(read) == ["coordinator", "draft", "target"]
 

@@ -17,7 +17,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     wheel = tmp_path / "sample_tool-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("sample_tool/program", "#!/bin/sh\n")
-        archive.writestr("sample_tool-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sample-tool\nVersion: 1.0\n")
+        archive.writestr(
+            "sample_tool-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sample-tool\nVersion: 1.0\n"
+        )
         archive.writestr("sample_tool-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("sample_tool-1.0.dist-info/RECORD", "")
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": "/dev/null"}.items():

@@ -37,7 +37,9 @@ def test_hadolint_finds_nothing() -> None:
 def test_images_are_pinned_unprivileged_and_end_in_the_service(path: Path) -> None:
     text = path.read_text()
     assert "ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim@sha256:" in text
-    assert all(line.split()[1] in ("${BASE_IMAGE}", "runtime") for line in text.splitlines() if line.startswith("FROM "))
+    assert all(
+        line.split()[1] in ("${BASE_IMAGE}", "runtime") for line in text.splitlines() if line.startswith("FROM ")
+    )
     assert "USER 10001:10001" in text
     assert "HEALTHCHECK" in text
     assert 'ENTRYPOINT ["outrider", "serve"' in text

@@ -16,7 +16,10 @@ SOMEWHERE = "203.0.113.7"
 
 
 class Network:
-    """The pods of an installation and its policies. A peer is a component of it, or (namespace, labels), or an address."""
+    """The pods of an installation and its policies.
+
+    A peer is a component of it, or (namespace, labels), or an address.
+    """
 
     def __init__(self, manifests: list[Manifest]) -> None:
         self._policies = [policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")]

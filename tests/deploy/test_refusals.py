@@ -51,7 +51,11 @@ REFUSED: list[tuple[str, Values, Values]] = [
         PAIR,
         {"tls": {"existingSecrets": {"coordinator": "c", "target": "t", "draft": "d"}}},
     ),
-    ("tls.clients.caSecret: clients' certificates need tls.enabled", SIMULATED, {"tls": {"clients": {"caSecret": "c"}}}),
+    (
+        "tls.clients.caSecret: clients' certificates need tls.enabled",
+        SIMULATED,
+        {"tls": {"clients": {"caSecret": "c"}}},
+    ),
     ("auth.apiKeysSecret: keys would travel in plaintext", SIMULATED, {"auth": {"apiKeysSecret": "keys"}}),
     (
         "target.terminationGracePeriodSeconds: 60 s end before",

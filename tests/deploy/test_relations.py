@@ -170,7 +170,9 @@ def _references(pod: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def test_volumes_are_mounted_and_mounts_have_volumes(manifests: list[Manifest]) -> None:
-    claims = {m["metadata"]["name"]: m["spec"].get("volumeClaimTemplates", []) for m in of_kind(manifests, "StatefulSet")}
+    claims = {
+        m["metadata"]["name"]: m["spec"].get("volumeClaimTemplates", []) for m in of_kind(manifests, "StatefulSet")
+    }
     for name, pod in pods(manifests):
         volumes = {v["name"] for v in pod["spec"]["volumes"]} | {c["metadata"]["name"] for c in claims.get(name, [])}
         mounted = {mount["name"] for c in containers(pod) for mount in c["volumeMounts"]}
@@ -207,13 +209,17 @@ def test_models_are_where_they_are_downloaded_to(manifests: list[Manifest]) -> N
         return
     served = {env_of(c).get("OUTRIDER_MODEL", "") for _, c, _ in services_of(manifests)}
     assert {path for path in served if path.startswith("/models/acme--")} == paths
-    waited = {p for _, pod in pods(manifests) for c in containers(pod) if c["name"] == "wait-for-models" for p in c["args"]}
+    waited = {
+        p for _, pod in pods(manifests) for c in containers(pod) if c["name"] == "wait-for-models" for p in c["args"]
+    }
     assert waited in (paths, set())
 
 
 def test_containers_may_do_nothing_that_they_need_not(manifests: list[Manifest]) -> None:
     for name, pod in pods(manifests):
-        assert pod["spec"]["enableServiceLinks"] is False, name  # else OUTRIDER_..._SERVICE_HOST stops a service's start
+        assert pod["spec"]["enableServiceLinks"] is False, (
+            name
+        )  # else OUTRIDER_..._SERVICE_HOST stops a service's start
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert pod["spec"]["securityContext"]["runAsUser"] > 0
         assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -262,4 +268,6 @@ def test_routes_and_monitors_mean_services(manifests: list[Manifest]) -> None:
         selector = monitor["spec"]["selector"]["matchLabels"]
         services = [m for m in of_kind(manifests, "Service") if matches(selector, m["metadata"]["labels"])]
         with_metrics = [s for s in services if "metrics" in [port["name"] for port in s["spec"]["ports"]]]
-        assert {component(s) for s in with_metrics} == {component(m) for m in of_kind(manifests, *WORKLOADS)} & {*CONFIGS}
+        assert {component(s) for s in with_metrics} == {component(m) for m in of_kind(manifests, *WORKLOADS)} & {
+            *CONFIGS
+        }
