@@ -118,11 +118,13 @@ def program(name: str) -> Path:
     return fetch(HADOLINT if name == "hadolint" else KUBERNETES_PROGRAMS) / name
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
+    """Prints the paths of the programs named, of all and the schemas without a name."""
     try:
-        for name in ("helm", "kubectl", "hadolint"):
+        for name in names or ("helm", "kubectl", "hadolint"):
             sys.stdout.write(f"{program(name)}\n")
-        sys.stdout.write(f"{fetch(SCHEMAS)}\n")
+        if not names:
+            sys.stdout.write(f"{fetch(SCHEMAS)}\n")
     except ToolsUnavailable as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -130,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
