@@ -19,6 +19,11 @@ REFUSED: list[tuple[str, Values, Values]] = [
     ("target.model: /data/m is not below /models", GPU, {"target": {"model": "/data/m"}}),
     ("target.model: sample is for one machine", GPU, {"target": {"model": "sample"}}),
     ("target.tensorParallelSize: 3 does not divide the 2 GPUs", GPU, {"target": {"tensorParallelSize": 3}}),
+    (
+        "target.tensorParallelSize: 3 does not divide the 8 GPUs",
+        GPU,
+        {"target": {"gpu": {"count": 8}, "tensorParallelSize": 3}},
+    ),
     ("target.tensorParallelSize: 4 does not divide the 2 GPUs", GPU, {"target": {"tensorParallelSize": 4}}),
     ("draft.tensorParallelSize: 2 does not divide the 1 GPUs", GPU, {"draft": {"tensorParallelSize": 2}}),
     ("draft.gpu.count: the drafter ngram computes on the CPU", GPU, {"draft": {"drafter": "ngram"}}),

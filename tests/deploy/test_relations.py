@@ -102,6 +102,15 @@ def test_every_service_accepts_its_settings(manifests: list[Manifest]) -> None:
     assert found >= 2
 
 
+def test_services_listen_where_their_pods_say(manifests: list[Manifest]) -> None:
+    for _, container, _ in services_of(manifests):
+        environ, ports = env_of(container), ports_of({"spec": {"containers": [container]}})
+        assert {name: int(environ[f"OUTRIDER_{setting}"]) for name, setting in _PORT_SETTINGS.items()} == ports
+
+
+_PORT_SETTINGS = {"grpc": "PORT", "probe": "PROBE_PORT", "metrics": "METRICS_PORT"}
+
+
 def test_coordinators_look_for_workers_where_they_are(manifests: list[Manifest]) -> None:
     (environ,) = (env_of(container) for role, container, _ in services_of(manifests) if role == "coordinator")
     for role, setting in (("target", "OUTRIDER_TARGETS"), ("draft", "OUTRIDER_DRAFTS")):
