@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.deploy.chart import CHART
+from tests.deploy.chart import CHART, ROOT
 
 VALUES = CHART / "values.yaml"
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
@@ -70,3 +70,11 @@ def test_every_value_has_a_sentence() -> None:
 def test_files_hold_what_the_templates_expect(name: str) -> None:
     content = yaml.safe_load((CHART / "files" / name).read_text())
     assert content["title"] if name == "dashboard.json" else all(group["rules"] for group in content["groups"])
+
+
+def test_every_alert_is_explained() -> None:
+    content = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    alerts = {rule["alert"] for group in content["groups"] for rule in group["rules"] if "alert" in rule}
+    explained = re.findall(r"^### (Outrider\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert alerts <= set(explained)
+    assert len(explained) == len(set(explained))
