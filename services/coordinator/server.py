@@ -76,7 +76,11 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
         committer = Committer(store, retry_s=config.store_retry_s)
         coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
         server = GrpcServer(
-            config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection
+            config.host,
+            config.port,
+            max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+            reflect=config.reflection,
+            max_connection_age_s=config.max_connection_age_s,
         )
         service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
         server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer))
