@@ -6,6 +6,7 @@ Must not know: torch, or anything of the services but their flags and ready line
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -57,6 +58,26 @@ class ClusterSpec:
     coordinator_port: int = 0
     draft_port: int = 0
     target_port: int = 0
+    num_targets: int = 1
+    num_drafts: int = 1
+
+    @property
+    def target_ports(self) -> tuple[int, ...]:
+        """Of all targets: the first one's is given."""
+        return _ports(self.target_port, self.num_targets)
+
+    @property
+    def draft_ports(self) -> tuple[int, ...]:
+        return _ports(self.draft_port, self.num_drafts)
+
+
+def _ports(first: int, number: int) -> tuple[int, ...]:
+    return (first, *[0] * (number - 1))
+
+
+def worker_names(service: str, number: int) -> list[str]:
+    """The first is named as its service."""
+    return [service, *[f"{service}-{i}" for i in range(2, number + 1)]]
 
 
 class ThreadSplit(NamedTuple):
@@ -66,12 +87,12 @@ class ThreadSplit(NamedTuple):
     draft: int
 
 
-def split_threads(num_cores: int, drafter: str) -> ThreadSplit:
-    """A drafter with a model gets a quarter of the cores, the target the rest; else the target gets all."""
+def split_threads(num_cores: int, drafter: str, num_targets: int = 1, num_drafts: int = 1) -> ThreadSplit:
+    """Drafters with a model get a quarter of the cores, the targets the rest; else the targets get all."""
     if not needs_model(parse_chain(drafter)):
-        return ThreadSplit(target=max(1, num_cores), draft=1)
+        return ThreadSplit(target=max(1, num_cores // num_targets), draft=1)
     draft = max(1, num_cores // 4)
-    return ThreadSplit(target=max(1, num_cores - draft), draft=draft)
+    return ThreadSplit(target=max(1, (num_cores - draft) // num_targets), draft=max(1, draft // num_drafts))
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -93,13 +114,27 @@ class Cluster:
         self._processes: dict[str, Process] = {}
         self._dir = Path()
         self._ports: dict[str, int] = {}
+        self._metrics_ports: dict[str, int] = {}
 
     @property
     def address(self) -> str:
         return self.address_of("coordinator")
 
+    @property
+    def targets(self) -> list[str]:
+        """Names of the target processes."""
+        return worker_names("target", self._spec.num_targets)
+
+    @property
+    def drafts(self) -> list[str]:
+        """Names of the draft processes."""
+        return worker_names("draft", self._spec.num_drafts)
+
     def address_of(self, service: str) -> str:
         return f"{_HOST}:{self._ports[service]}"
+
+    def metrics_url_of(self, service: str) -> str:
+        return f"http://{_HOST}:{self._metrics_ports[service]}/metrics"
 
     def pid_of(self, service: str) -> int:
         return self._processes[service].pid
@@ -122,31 +157,37 @@ class Cluster:
 
     def _start(self) -> None:
         spec = self._spec
-        check_ports(spec.coordinator_port, spec.draft_port, spec.target_port)
+        check_ports(spec.coordinator_port, *spec.draft_ports, *spec.target_ports)
         target = prepare_model(spec.target)
         chain = parse_chain(spec.drafter)
         draft = prepare_model(spec.draft) if needs_model(chain) else None
         own_tokens = chain[-1] not in LOOKUPS
         translates = own_tokens and differ(target.directory, draft.directory if draft else SIMULATED)
-        threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
+        threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter, spec.num_targets, spec.num_drafts)
         redis = self._start_redis()
-        self._start_service("target", target_flags(spec, target, threads.target), threads.target)
+        for name, port in zip(self.targets, spec.target_ports, strict=True):
+            flags = target_flags(dataclasses.replace(spec, target_port=port), target, threads.target)
+            self._start_service(name, flags, threads.target)
         tokenizer = target.directory if translates else ""
-        self._start_service(
-            "draft", draft_flags(spec, draft, threads.draft, target.directory, tokenizer), threads.draft
-        )
-        for service in ("target", "draft"):
-            self._on_stage(f"loading the {service}")
-            self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
+        for name, port in zip(self.drafts, spec.draft_ports, strict=True):
+            spec_of_it = dataclasses.replace(spec, draft_port=port)
+            flags = draft_flags(spec_of_it, draft, threads.draft, target.directory, tokenizer)
+            self._start_service(name, flags, threads.draft)
+        for name in (*self.targets, *self.drafts):
+            self._on_stage(f"loading the {name}")
+            self._await_ready(name, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
-        workers = self.address_of("target"), self.address_of("draft")
-        flags = coordinator_flags(spec, target.directory, redis, *workers)
-        self._start_service("coordinator", flags, 1)
-        self._ports["coordinator"] = self._processes["coordinator"].wait_ready(_COORDINATOR_TIMEOUT_S).port
+        workers = (",".join(self.address_of(name) for name in names) for names in (self.targets, self.drafts))
+        self._start_service("coordinator", coordinator_flags(spec, target.directory, redis, *workers), 1)
+        self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
 
-    def _start_service(self, service: str, flags: list[str], threads: int) -> None:
-        command = [sys.executable, "-P", "-m", f"services.{service}", *flags]
-        self._processes[service] = Process(service, command, self._dir, child_environment(threads))
+    def _await_ready(self, name: str, timeout_s: float) -> None:
+        ready = self._processes[name].wait_ready(timeout_s)
+        self._ports[name], self._metrics_ports[name] = ready.port, ready.metrics_port
+
+    def _start_service(self, name: str, flags: list[str], threads: int) -> None:
+        command = [sys.executable, "-P", "-m", f"services.{name.partition('-')[0]}", *flags]
+        self._processes[name] = Process(name, command, self._dir, child_environment(threads))
 
     def _start_redis(self) -> str:
         """The server's URL. It listens on a socket in the temporary directory, and keeps nothing on disk."""
@@ -165,7 +206,7 @@ class Cluster:
         try:
             if coordinator := self._processes.get("coordinator"):
                 coordinator.stop(_STOP_S)
-            workers = [p for name in ("target", "draft") if (p := self._processes.get(name))]
+            workers = [p for name in (*self.targets, *self.drafts) if (p := self._processes.get(name))]
             for worker in workers:
                 worker.terminate()
             for worker in workers:
@@ -210,9 +251,10 @@ def draft_flags(
     return flags
 
 
-def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str, draft: str) -> list[str]:
+def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, targets: str, drafts: str) -> list[str]:
     flags = ["--host", _HOST, "--port", str(spec.coordinator_port), "--redis-url", redis]
-    flags += ["--targets", target, "--drafts", draft, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    flags += ["--targets", targets, "--drafts", drafts, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    flags += ["--metrics-port", "0"]
     if spec.num_draft_tokens is not None:
         flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
     return flags
@@ -220,6 +262,7 @@ def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str
 
 def _worker_flags(spec: ClusterSpec, port: int, model: PreparedModel | None, threads: int) -> list[str]:
     flags = ["--host", _HOST, "--port", str(port), "--dtype", spec.dtype, "--device", spec.device]
+    flags += ["--metrics-port", "0"]
     flags += ["--threads", str(threads), "--max-sequences", str(spec.max_sequences), "--drain-s", _DRAIN_S]
     return [*flags, "--model", model.directory, "--model-name", model.name] if model else flags
 

@@ -19,6 +19,7 @@ from services.cli.generate import generate
 from services.cli.inspect import models, sessions
 from services.cli.plan.command import plan
 from services.cli.serve import serve
+from services.cli.top.command import top
 from services.cli.train_draft import train_draft
 from services.cli.up import up
 from services.common.errors import ConfigError, OutriderError
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions):
+for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, top):
     cli.add_command(_command)
 
 

@@ -24,8 +24,12 @@ _PORT = click.IntRange(0, 65_535)
 @click.command()
 @cluster_options
 @click.option("--coordinator-port", type=_PORT, default=50051, show_default=True, help="0 takes a free one.")
-@click.option("--draft-port", type=_PORT, default=50052, show_default=True, help="0 takes a free one.")
-@click.option("--target-port", type=_PORT, default=50053, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--draft-port", type=_PORT, default=50052, show_default=True, help="Of the first one; 0 takes a free one."
+)
+@click.option(
+    "--target-port", type=_PORT, default=50053, show_default=True, help="Of the first one; 0 takes a free one."
+)
 @click.option(
     "--num-draft-tokens",
     type=NUM_DRAFT_TOKENS,
@@ -55,19 +59,21 @@ def up(
     console = notices()
     with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
         stages.stop()
-        addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
+        names = ("coordinator", *cluster.drafts, *cluster.targets)
+        addresses = {name: cluster.address_of(name) for name in names}
+        metrics = {name: cluster.metrics_url_of(name) for name in names}
         if as_json:
-            click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses}))
+            click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses, "metrics": metrics}))
         else:
-            _print_welcome(addresses)
+            _print_welcome(addresses, metrics)
         while (ended := cluster.ended()) is None:
             time.sleep(_WATCH_S)
         raise CommandFailed(f"the {ended.name} ended by itself; everything is stopped", detail=ended.last_lines())
 
 
-def _print_welcome(addresses: dict[str, str]) -> None:
+def _print_welcome(addresses: dict[str, str], metrics: dict[str, str]) -> None:
     console = results()
     for service, address in addresses.items():
-        console.print(f"[bold]{service:<12}[/bold] {address}")
+        console.print(f"[bold]{service:<12}[/bold] {address}   [dim]{metrics[service]}[/dim]")
     flag = "" if addresses["coordinator"].endswith(":50051") else f" --address {addresses['coordinator']}"
-    console.print(f'\nTry:  outrider generate{flag} "Why is the sky blue?"\nStop: Ctrl-C')
+    console.print(f'\nTry:  outrider generate{flag} "Why is the sky blue?"\n      outrider top{flag}\nStop: Ctrl-C')

@@ -2,6 +2,7 @@
 
 from services.client.client import OutriderClient
 from services.client.generation import Generation
+from services.client.status import ClusterStatus, CoordinatorActivity, WorkerStatus
 from services.client.values import (
     Chat,
     ChatMessage,
@@ -23,6 +24,8 @@ __all__ = [
     "Chat",
     "ChatMessage",
     "Chunk",
+    "ClusterStatus",
+    "CoordinatorActivity",
     "DraftPool",
     "GenerateOptions",
     "Generation",
@@ -36,4 +39,5 @@ __all__ = [
     "Statistics",
     "Token",
     "TokenIds",
+    "WorkerStatus",
 ]

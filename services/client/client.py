@@ -20,6 +20,7 @@ from outrider.v1 import coordinator_pb2
 
 from services.client.connections import Connections
 from services.client.generation import Generation
+from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
 from services.client.wire import model_from_proto, request_to_proto, session_from_proto
 from services.common.errors import OutriderError, Unavailable
@@ -96,6 +97,13 @@ class OutriderClient:
         request = coordinator_pb2.ListModelsRequest()
         response = await self._call(lambda stub: stub.ListModels(request, timeout=_UNARY_TIMEOUT_S))
         return tuple(model_from_proto(model) for model in response.models)
+
+    async def get_cluster_status(self) -> ClusterStatus:
+        """How the coordinator and its workers are doing."""
+        request = coordinator_pb2.GetClusterStatusRequest()
+        return status_from_proto(
+            await self._call(lambda stub: stub.GetClusterStatus(request, timeout=_UNARY_TIMEOUT_S))
+        )
 
     async def _call(self, call: Callable[[CoordinatorServiceAsyncStub], Awaitable[T]]) -> T:
         """Tries each address once; only unreachable coordinators are passed over."""

@@ -83,6 +83,8 @@ class SessionRecord:
     owner_key: str
     model: str
     target_digest: str
+    target_numerics: str
+    """What decides the target's tokens besides its digest."""
     draft_digest: str
     seed: int
     prompt_len: int
@@ -329,6 +331,7 @@ def _decode_record(
         owner_key=fields.get("owner_key", ANONYMOUS),
         model=fields.get("model", ""),
         target_digest=fields.get("target_digest", ""),
+        target_numerics=fields.get("target_numerics", ""),
         draft_digest=fields.get("draft_digest", ""),
         seed=int(fields.get("seed", "0")),
         prompt_len=int(fields.get("prompt_len", "0")),

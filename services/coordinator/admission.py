@@ -106,6 +106,8 @@ def _uuid(text: str, field: str) -> str:
 
 
 def _model(name: str, limits: Limits) -> str:
+    if not name and len(limits.models) > 1:
+        raise _invalid("model", f"name one of {', '.join(limits.models)}")
     if not name and limits.models:
         return limits.models[0]
     if name and limits.models and name not in limits.models:

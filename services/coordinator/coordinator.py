@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
 from services.common.session_store import SessionRecord, SessionStore
+from services.common.tracing import NO_TRACER, Span, Tracer
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -24,9 +25,11 @@ from services.coordinator.opening import Opened, SessionOpener, busy, check_same
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.tally import CoordinatorTally, Kind
+from services.coordinator.tokenizer_set import TokenizerSet
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +63,21 @@ class Coordinator:
         self,
         config: CoordinatorConfig,
         *,
-        tokenizer: Tokenizer,
+        tokenizers: TokenizerSet,
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        tally: CoordinatorTally,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        self._tracer = tracer
         self._config = config
-        self._tokenizer = tokenizer
+        self._tally = tally
+        self._tokenizers = tokenizers
         self._placement = placement
         self._store = store
         self._committer = committer
-        self._opener = SessionOpener(store, tokenizer)
+        self._opener = SessionOpener(store, placement)
         self._running: dict[str, _Running] = {}
         self._opening: set[str] = set()
         self._draining = False
@@ -95,27 +102,44 @@ class Coordinator:
         """Generations that run here."""
         return len(self._running)
 
+    @property
+    def num_streaming(self) -> int:
+        """Those of them that have emitted a token. Safe from any thread, as are the next two."""
+        return sum(running.generation.has_emitted for running in list(self._running.values()))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are being opened, and generations without a token."""
+        return len(self._opening) + len(self._running) - self.num_streaming
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new generations; returns whether those that run finished within `timeout_s`."""
         self._draining = True
         return await wait_until(lambda: not (self._running or self._opening), timeout_s)
 
     @contextlib.asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Stream]:
-        """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs.
+    async def generate(self, request: GenerationRequest, traceparent: str = "") -> AsyncIterator[Stream]:
+        """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs. `traceparent` is the
+        caller's span, if it has one.
 
         Raises what services.coordinator.opening and placement raise, and Unavailable DRAINING, ResourceExhausted
         QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH.
         """
         arrived_ns = time.perf_counter_ns()
-        await self._let_end(request)
-        with self._reserve(request):
-            stream = await self._open(request, arrived_ns)
-        try:
-            yield stream
-        finally:
-            if stream.generation is not None:
-                await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+        ids = {"session_id": request.session_id, "request_id": request.request_id}
+        with self._tracer.start("outrider.generate", traceparent, **ids) as span:
+            await self._let_end(request)
+            with self._reserve(request), span.child("outrider.open"):
+                stream = await self._open(request, arrived_ns, span)
+            try:
+                yield stream
+            finally:
+                if stream.generation is not None:
+                    await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
     async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
@@ -168,29 +192,29 @@ class Coordinator:
         finally:
             self._opening.discard(session_id)
 
-    async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
+    async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
-            self._choose(request)
+            self._placement.check(request.model)
         if running := self._running.get(request.session_id):
-            self._choose(request)  # what cannot be continued is not ended
+            self._placement.check(request.model)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
         record = await self._store.load(request.session_id)
         if record and record.request_id == request.request_id:
             check_same_request(request, record.request_digest)
             if record.finish_reason:
                 return self._finished(request, record)
-        placed = self._choose(request)
-        opened = await self._opener.open(request, placed, record)
-        return self._run(request, placed, opened, arrived_ns)
-
-    def _choose(self, request: GenerationRequest) -> Placed:
-        return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
+        opened = await self._opener.open(request, self._tokenizers.get(request.model), record)
+        try:
+            return self._run(request, opened, arrived_ns, span)
+        except BaseException:
+            opened.placed.release()
+            raise
 
     def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
         output = self._new_output()
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
-        trimmer = new_trimmer(request, self._tokenizer, prompt, len(generated))
+        trimmer = new_trimmer(request, self._tokenizers.get(request.model), prompt, len(generated))
         origins = record.origins[record.prompt_len :]
         past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
         output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
@@ -198,10 +222,12 @@ class Coordinator:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
-        plan, output = opened.plan, self._new_output()
+    def _run(self, request: GenerationRequest, opened: Opened, arrived_ns: int, span: Span) -> Stream:
+        placed, output = opened.placed, self._new_output()
+        plan = replace(opened.plan, traceparent=span.traceparent)
+        tokenizer = self._tokenizers.get(request.model)
         tokens = [*opened.prompt, *opened.generated]
-        trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
+        trimmer = new_trimmer(request, tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
         past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
         if unread.token_ids or unread.tail:
@@ -209,7 +235,7 @@ class Coordinator:
         generation = Generation(
             plan,
             tokens,
-            links=placed.links,
+            routes=placed.routes,
             trimmer=trimmer,
             journal=Journal(self._committer, plan.session_id, plan.lease_epoch, len(tokens)),
             output=output,
@@ -218,13 +244,17 @@ class Coordinator:
                 lossy=plan.verification.lossy,
                 num_replaced_tokens=opened.num_replaced_tokens,
                 draft=placed.pool.name if placed.pool else "",
-                draft_counts=placed.pool.counts if placed.pool else None,
+                draft_counts=placed.share.counts if placed.share else None,
+                tally=self._tally.of(Kind(request.model, placed.pool.name if placed.pool else "")),
             ),
             timeouts=Timeouts(
-                self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
+                placed.share.deadline if placed.share else ProposeDeadline(self._config.propose_timeout_s),
+                self._config.target_timeout_s,
+                self._config.target_retry_s,
             ),
             length=_draft_length(plan, placed),
             finish=past.finish,
+            span=span,
         )
         running = _Running(request.request_id, request.digest, generation, output)
         self._running[request.session_id] = running
@@ -254,8 +284,8 @@ class Coordinator:
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:
-    if plan.adaptive and placed.pool:
-        return AdaptiveLength(placed.pool.policy, plan.num_draft_tokens)
+    if plan.adaptive and placed.share:
+        return AdaptiveLength(placed.share.policy, plan.num_draft_tokens)
     return FixedLength(plan.num_draft_tokens)
 
 

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from services.common.errors import Internal, OutriderError
 from services.common.items import Tokens
 from services.common.session_store import KvHandle
+from services.common.tracing import NO_SPAN, Span
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.committer import Journal
 from services.coordinator.draft_length import DraftLength
-from services.coordinator.draft_sequence import DraftLink, DraftSequence
+from services.coordinator.draft_sequence import DraftRoute, DraftSequence
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
-from services.coordinator.target_sequence import TargetLink, TargetLost, TargetSequence
+from services.coordinator.target_sequence import TargetLost, TargetRoute, TargetSequence
 from services.coordinator.trim import Trimmed, Trimmer, pack_log_probs
 
 log = logging.getLogger(__name__)
@@ -33,17 +35,17 @@ log = logging.getLogger(__name__)
 class Timeouts:
     """How long a generation waits for its workers."""
 
-    propose_s: float
+    propose: ProposeDeadline
     target_s: float
     target_retry_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """The workers that a generation is placed on."""
+class Routes:
+    """The ways to the workers that a generation is placed on; closed by it in the end."""
 
-    target: TargetLink
-    draft: DraftLink | None
+    target: TargetRoute
+    draft: DraftRoute | None
 
 
 class Generation:
@@ -58,7 +60,7 @@ class Generation:
         plan: GenerationPlan,
         tokens: list[int],
         *,
-        links: Links,
+        routes: Routes,
         trimmer: Trimmer,
         journal: Journal,
         output: Output,
@@ -66,6 +68,7 @@ class Generation:
         timeouts: Timeouts,
         length: DraftLength,
         finish: FinishReason | None = None,
+        span: Span = NO_SPAN,
         clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self._plan = plan
@@ -74,22 +77,30 @@ class Generation:
         self._journal = journal
         self._output = output
         self._statistics = statistics
+        self._span = span
         self._target = TargetSequence(
-            links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
+            routes.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
         self._draft = DraftSequence(
-            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._interrupt_for_draft
+            routes.draft, plan, tokens, deadline=timeouts.propose, on_ready=self._interrupt_for_draft
         )
         self._length = length
         self._clock = clock
         self._lap_started_ns = 0
         self._finish = finish
+        self._recorded_handles = ("", "")
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
         journal.on_failure = self._abandon
 
+    @property
+    def has_emitted(self) -> bool:
+        """Whether a token has gone out."""
+        return self._statistics.has_emitted
+
     def start(self) -> asyncio.Task[None]:
+        self._statistics.started(self._plan.prompt_len)
         self._task = asyncio.create_task(self._run())
         return self._task
 
@@ -108,6 +119,7 @@ class Generation:
         if self._task is not None:
             await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
             if self._task.cancelled():  # before its first step
+                self._close_sequences()
                 self._end_stopped()
 
     async def _run(self) -> None:
@@ -117,34 +129,56 @@ class Generation:
             else:
                 await self._loop()
             await self._journal.drain()
-            self._output.end(self._finish or FinishReason.CLOSED, self._snapshot())
+            self._end(self._finish or FinishReason.CLOSED)
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
-            self._output.fail(error)
+            self._fail(error)
         except Exception:
-            log.exception("session %s: the generation failed", self._plan.session_id)
+            fields = self._plan.log_fields(self._target.round)
+            log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
-            self._target.close()
-            self._draft.close()
-            self._length.close()
+            self._close_sequences()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
 
+    def _close_sequences(self) -> None:
+        self._target.close()
+        self._draft.close()
+        self._length.close()
+
     def _end_stopped(self) -> None:
         if self._stop_error is not None:
-            self._output.fail(self._stop_error)
+            self._fail(self._stop_error)
         else:
-            self._output.end(FinishReason.CLOSED, self._snapshot())
+            self._end(FinishReason.CLOSED)
+
+    def _end(self, finish: FinishReason) -> None:
+        self._statistics.finished(finish)
+        statistics = self._snapshot()
+        self._span.set(finish_reason=finish.value, num_tokens=statistics.num_generated_tokens)
+        self._log_end(finish.value)
+        self._output.end(finish, statistics)
+
+    def _fail(self, error: OutriderError) -> None:
+        self._log_end(error.reason)
+        self._output.fail(error)
+
+    def _log_end(self, why: str) -> None:
+        """Reasons only: an error's message may quote what was asked."""
+        fields, num_tokens = self._plan.log_fields(self._target.round), len(self._tokens) - self._plan.prompt_len
+        log.info("session %s ended behind %d tokens: %s", self._plan.session_id, num_tokens, why, extra=fields)
 
     async def _loop(self) -> None:
         self._draft.open()
         await self._open_target()
+        self._recorded_handles = self._instance_ids
         while self._finish is None:
             await self._pause_for_slow_client()
             try:
+                self._move_if_draining()
                 await self._advance()
             except TargetLost as lost:
                 await self._target.reopen(lost)
@@ -155,6 +189,13 @@ class Generation:
         except OutriderError as error:
             await self._target.reopen(TargetLost(error))
 
+    def _move_if_draining(self) -> None:
+        if self._target.should_move:
+            try:
+                self._target.move()
+            except OutriderError as error:
+                raise TargetLost(error) from error
+
     async def _advance(self) -> None:
         """A round where the draft is ready and is expected to pay; else decoding."""
         if num_draft_tokens := self._num_draft_tokens:
@@ -163,11 +204,14 @@ class Generation:
             await self._decode()
 
     async def _round(self, num_draft_tokens: int) -> None:
-        proposed = await self._draft.propose(self._target.round + 1, num_draft_tokens)
-        if proposed is None:
-            return
-        verified = await self._target.verify(proposed.proposal)
-        kept, wall_ns = self._trim(verified), self._lap_ns()
+        number = self._target.round + 1
+        with self._span.child("outrider.round", round=number, num_draft_tokens=num_draft_tokens) as span:
+            proposed = await self._draft.propose(number, num_draft_tokens, span.id)
+            if proposed is None:
+                return
+            verified = await self._target.verify(proposed.proposal, span.id)
+            kept, wall_ns = self._trim(verified), self._lap_ns()
+            span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
         await self._commit_and_emit(kept)
@@ -176,7 +220,13 @@ class Generation:
         """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
         waits_for_draft = self._draft.wanted and self._target.round < 0 and self._length.choose(self._num_remaining - 1)
         self._lap_ns()
-        self._target.begin_decode(1 if waits_for_draft else self._num_remaining)
+        num_free_tokens = 1 if waits_for_draft else self._num_remaining
+        with self._span.child("outrider.decode", round=self._target.round + 1) as span:
+            await self._decoded(num_free_tokens, span.id)
+        self._lap_ns()
+
+    async def _decoded(self, num_free_tokens: int, parent_span_id: int) -> None:
+        self._target.begin_decode(num_free_tokens, parent_span_id)
         done = False
         while not done and self._finish is None:
             decoded = await self._target.next_decoded()
@@ -187,14 +237,14 @@ class Generation:
                 self._length.decoded(decoded, self._lap_ns())
                 await self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
-            if self._output.full or self._num_draft_tokens:
+            if self._output.full or self._num_draft_tokens or self._target.should_move:
                 self._target.interrupt()
-        self._lap_ns()
 
     @property
     def _num_draft_tokens(self) -> int:
         """Of the next round, behind which there is room for the target's own token; 0: none is to be drafted."""
-        return self._length.choose(self._num_remaining - 1) if self._draft.ready else 0
+        limit = min(self._num_remaining - 1, self._target.max_draft_tokens)
+        return self._length.choose(limit) if self._draft.ready else 0
 
     def _interrupt_for_draft(self) -> None:
         if self._num_draft_tokens:
@@ -211,6 +261,8 @@ class Generation:
     async def _commit_and_emit(self, kept: Trimmed) -> None:
         """Hands tokens to the committer; they go out when they are durable, while the next round runs."""
         fields: dict[str, str] = {}
+        if self._recorded_handles != self._instance_ids:
+            self._recorded_handles, fields = self._instance_ids, self._handles()
         if kept.finish is not None:
             statistics = self._snapshot().to_json()
             fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
@@ -219,7 +271,7 @@ class Generation:
         await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
-        self._statistics.first_token()
+        self._statistics.emitted(len(kept.token_ids))
         self._output.put(kept, self._journal.durable_len - self._plan.prompt_len)
 
     async def _pause_for_slow_client(self) -> None:
@@ -247,6 +299,10 @@ class Generation:
         return self._statistics.snapshot(
             num_prompt_tokens=self._plan.prompt_len, num_generated_tokens=len(self._tokens) - self._plan.prompt_len
         )
+
+    @property
+    def _instance_ids(self) -> tuple[str, str]:
+        return self._target.instance_id, self._draft.instance_id
 
     def _handles(self) -> dict[str, str]:
         """Where the caches lie; only committed tokens count."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument
 from services.common.session_store import ANONYMOUS, PROMPT_ORIGIN, Acquisition, KvHandle, SessionRecord, SessionStore
 from services.common.values import TokenOrigin
-from services.coordinator.placement import Placed
+from services.coordinator.placement import Placed, Placement, Wish
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest, TextInput
 from services.coordinator.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ _INLINE_ENCODE_LEN = 2_000
 class Opened:
     """A session that is now this coordinator's. `generated` are tokens of this generation that exist already."""
 
+    placed: Placed
     plan: GenerationPlan
     prompt: tuple[int, ...]
     generated: tuple[int, ...]
@@ -38,34 +39,46 @@ class Opened:
 
 
 class SessionOpener:
-    """Acquires sessions in the name of the store's owner."""
+    """Acquires sessions in the name of the store's owner, and places their generations."""
 
-    def __init__(self, store: SessionStore, tokenizer: Tokenizer) -> None:
+    def __init__(self, store: SessionStore, placement: Placement) -> None:
         self._store = store
-        self._tokenizer = tokenizer
+        self._placement = placement
 
-    async def open(self, request: GenerationRequest, placed: Placed, record: SessionRecord | None) -> Opened:
+    async def open(self, request: GenerationRequest, tokenizer: Tokenizer, record: SessionRecord | None) -> Opened:
         """A first or next turn, or the continuation of the record's last generation where the request_id is the same.
 
         Raises Aborted SESSION_BUSY or OWNERSHIP_LOST, FailedPrecondition MODEL_CHANGED or SESSION_CLOSED, DataLoss,
-        InvalidArgument, Unavailable.
+        InvalidArgument, Unavailable, and what Placement.place does.
         """
-        if record and record.target_digest != placed.model.digest:
-            raise FailedPrecondition(
-                "MODEL_CHANGED",
-                f"session {record.session_id} was begun with another model than the target's present one",
-            )
-        if record and record.request_id == request.request_id:
-            return await self._resume(request, placed, record)
-        if record and record.running and await self._is_running_elsewhere(record):
+        resumes = record is not None and record.request_id == request.request_id
+        if record and not resumes and record.running and await self._is_running_elsewhere(record):
             raise busy(request.session_id)
-        return await self._begin(request, placed, record)
+        self._placement.check(request.model)  # before the prompt is encoded in vain
+        turn = Turn(record.token_ids, 0, "") if record and resumes else await self._turn(request, tokenizer, record)
+        prompt_len = record.prompt_len if record and resumes else len(turn.token_ids)
+        placed = self._placement.place(_wish(request, turn.token_ids, prompt_len, record))
+        try:
+            _check_model(record, placed, resumes)
+            eos = frozenset[int]() if request.ignore_eos else tokenizer.eos_token_ids
+            if record and resumes:
+                return await self._resume(request, placed, record, eos)
+            return await self._begin(request, placed, turn, record, eos)
+        except BaseException:
+            placed.release()
+            raise
 
     async def _is_running_elsewhere(self, record: SessionRecord) -> bool:
         return record.owner_id != self._store.owner_id and await self._store.is_alive(record.owner_id)
 
-    async def _begin(self, request: GenerationRequest, placed: Placed, record: SessionRecord | None) -> Opened:
-        turn = await self._turn(request, record)
+    async def _begin(
+        self,
+        request: GenerationRequest,
+        placed: Placed,
+        turn: Turn,
+        record: SessionRecord | None,
+        eos_token_ids: frozenset[int],
+    ) -> Opened:
         check_prompt_len(request, len(turn.token_ids), placed.target.max_sequence_len)
         adopted = adopted_tokens((), request.resume)
         seed = secrets.randbits(64) if request.seed is None else request.seed
@@ -84,6 +97,7 @@ class SessionOpener:
                 "owner_key": ANONYMOUS,
                 "model": request.model,
                 "target_digest": placed.model.digest,
+                "target_numerics": placed.kind.numerics,
                 "draft_digest": placed.draft.model.digest if placed.draft and placed.draft.model else "",
                 "seed": str(seed),
                 "prompt_len": str(len(turn.token_ids)),
@@ -94,7 +108,8 @@ class SessionOpener:
         )
         epoch = await self._store.acquire(acquisition)
         return Opened(
-            plan=self._plan(request, placed, epoch, len(turn.token_ids), seed),
+            placed=placed,
+            plan=_plan(request, placed, epoch, len(turn.token_ids), seed, eos_token_ids),
             prompt=turn.token_ids,
             generated=adopted,
             origins=_adopted_origins(adopted),
@@ -102,7 +117,9 @@ class SessionOpener:
             num_replaced_tokens=len(record.token_ids) - turn.num_kept_tokens if record else 0,
         )
 
-    async def _resume(self, request: GenerationRequest, placed: Placed, record: SessionRecord) -> Opened:
+    async def _resume(
+        self, request: GenerationRequest, placed: Placed, record: SessionRecord, eos_token_ids: frozenset[int]
+    ) -> Opened:
         check_prompt_len(request, record.prompt_len, placed.target.max_sequence_len)
         generated = record.token_ids[record.prompt_len :]
         adopted = adopted_tokens(generated, request.resume)
@@ -120,7 +137,8 @@ class SessionOpener:
             )
         )
         return Opened(
-            plan=self._plan(request, placed, epoch, record.prompt_len, record.seed),
+            placed=placed,
+            plan=_plan(request, placed, epoch, record.prompt_len, record.seed, eos_token_ids),
             prompt=record.token_ids[: record.prompt_len],
             generated=(*generated, *adopted),
             origins=record.origins[record.prompt_len :] + _adopted_origins(adopted),
@@ -128,30 +146,65 @@ class SessionOpener:
             num_replaced_tokens=0,
         )
 
-    async def _turn(self, request: GenerationRequest, record: SessionRecord | None) -> Turn:
+    @staticmethod
+    async def _turn(request: GenerationRequest, tokenizer: Tokenizer, record: SessionRecord | None) -> Turn:
         small = record is None and isinstance(request.input, TextInput) and len(request.input.text) < _INLINE_ENCODE_LEN
         if small:
-            return next_turn(request, record, self._tokenizer)
-        return await asyncio.to_thread(next_turn, request, record, self._tokenizer)
+            return next_turn(request, record, tokenizer)
+        return await asyncio.to_thread(next_turn, request, record, tokenizer)
 
-    def _plan(
-        self, request: GenerationRequest, placed: Placed, epoch: int, prompt_len: int, seed: int
-    ) -> GenerationPlan:
-        eos = frozenset[int]() if request.ignore_eos else self._tokenizer.eos_token_ids
-        return GenerationPlan(
-            session_id=request.session_id,
-            lease_epoch=epoch,
-            prompt_len=prompt_len,
-            max_len=min(prompt_len + request.max_tokens, placed.target.max_sequence_len),
-            end_token_ids=eos | frozenset(request.stop_token_ids),
-            sampling=replace(request.sampling, seed=seed),
-            verification=request.verification,
-            num_draft_tokens=_num_draft_tokens(request, placed),
-            log_probs=request.log_probs,
-            num_top_log_probs=request.num_top_log_probs,
-            vocab_size=placed.model.vocab_size,
-            adaptive=request.num_draft_tokens is None,
+
+def _wish(
+    request: GenerationRequest, token_ids: tuple[int, ...], prompt_len: int, record: SessionRecord | None
+) -> Wish:
+    target, draft = (record.target_handle, record.draft_handle) if record else (None, None)
+    return Wish(
+        model=request.model,
+        token_ids=token_ids,
+        max_len=prompt_len + request.max_tokens,
+        num_draft_tokens=request.num_draft_tokens,
+        draft=request.draft,
+        session_id=request.session_id,
+        target_instance_id=target.instance_id if target else "",
+        draft_instance_id=draft.instance_id if draft else "",
+    )
+
+
+def _check_model(record: SessionRecord | None, placed: Placed, resumes: bool) -> None:
+    """Raises FailedPrecondition MODEL_CHANGED. A generation that goes on needs equal arithmetic as well."""
+    if record is None:
+        return
+    changed = record.target_digest != placed.model.digest
+    if changed or (resumes and record.target_numerics != placed.kind.numerics):
+        raise FailedPrecondition(
+            "MODEL_CHANGED",
+            f"session {record.session_id} was begun with another model than the target's present one"
+            + ("" if changed else f" ({record.target_numerics}, now {placed.kind.numerics})"),
         )
+
+
+def _plan(
+    request: GenerationRequest,
+    placed: Placed,
+    epoch: int,
+    prompt_len: int,
+    seed: int,
+    eos_token_ids: frozenset[int],
+) -> GenerationPlan:
+    return GenerationPlan(
+        session_id=request.session_id,
+        lease_epoch=epoch,
+        prompt_len=prompt_len,
+        max_len=min(prompt_len + request.max_tokens, placed.target.max_sequence_len),
+        end_token_ids=eos_token_ids | frozenset(request.stop_token_ids),
+        sampling=replace(request.sampling, seed=seed),
+        verification=request.verification,
+        num_draft_tokens=_num_draft_tokens(request, placed),
+        log_probs=request.log_probs,
+        num_top_log_probs=request.num_top_log_probs,
+        vocab_size=placed.model.vocab_size,
+        adaptive=request.num_draft_tokens is None,
+    )
 
 
 def new_trimmer(request: GenerationRequest, tokenizer: Tokenizer, prompt: tuple[int, ...], max_tokens: int) -> Trimmer:

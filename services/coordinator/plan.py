@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.common.items import Identity, Open
+from services.common.logs import work_fields
+from services.common.tracing import trace_id_of
 from services.common.values import SamplingParams, VerificationMethod, derive_draft_seed
 
 
@@ -31,9 +33,15 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    traceparent: str = ""
+    """The generation's trace; empty: it is not traced."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
+
+    def log_fields(self, round_number: int) -> dict[str, object]:
+        """For `extra` of a log record."""
+        return work_fields(self.session_id, round_number, trace_id_of(self.traceparent))
 
     def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
         return self._open(identity, tokens, self.sampling, self.max_len)
@@ -57,4 +65,5 @@ class GenerationPlan:
             max_new_tokens=max_len - len(tokens),
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
+            traceparent=self.traceparent,
         )

@@ -9,29 +9,40 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import tenacity
 from outrider.v1 import coordinator_pb2
+from prometheus_client import CollectorRegistry
 
 from services.common.errors import Unavailable
+from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
+from services.common.tally import CallTally
+from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
-from services.coordinator.draft_length import LengthPolicy
-from services.coordinator.placement import DraftPool, Placement
+from services.coordinator.discovery import Source
+from services.coordinator.draft_pools import DraftPool
+from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
+from services.coordinator.placement import Placement
 from services.coordinator.servicer import CoordinatorServicer
-from services.coordinator.tokenizer import load_tokenizer
-from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink
+from services.coordinator.status import StatusReader
+from services.coordinator.tally import CoordinatorTally
+from services.coordinator.tokenizer_set import TokenizerSet
+from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, Codec, WorkerLink
+from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 
 log = logging.getLogger(__name__)
 
 _STORE_START_S = 10.0
-_DRAFT_START_S = 2.0
+_WORKERS_START_S = 2.0
 _NOTICE_S = 0.2
 """Between saying NOT_SERVING and refusing new generations, so that clients hear of it."""
 
@@ -44,51 +55,90 @@ class RunningCoordinator:
     server: GrpcServer
     coordinator: Coordinator
     placement: Placement
+    registry: CollectorRegistry
+    metrics_port: int
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        """Whether the target was connected within `timeout_s`; then health says SERVING."""
-        up = await self.placement.wait_up(target_s=timeout_s, draft_s=_DRAFT_START_S)
+        """Whether a target was connected within `timeout_s`; then health says SERVING."""
+        up = await self.placement.wait_up(target_s=timeout_s, others_s=_WORKERS_START_S)
         if up:
             await self.server.set_ready(True)
         return up
 
 
 @contextlib.asynccontextmanager
-async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[RunningCoordinator]:
+async def running_coordinator(
+    config: CoordinatorConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AsyncIterator[RunningCoordinator]:
     """A coordinator inside this process, from enter to exit; ready after `wait_ready`.
 
     Raises ConfigError for a tokenizer or a Redis that cannot serve, Unavailable where no Redis answers, OSError where
     the port is taken.
     """
-    tokenizer = await asyncio.to_thread(load_tokenizer, config.tokenizer)
+    tokenizers = await asyncio.to_thread(TokenizerSet.load, config.tokenizers)
     store = SessionStore.connect(
         config.redis_url, str(uuid.uuid4()), idle_s=config.session_idle_s, tombstone_s=config.tombstone_s
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
         await _check_store(store)
-        target = WorkerLink(config.target_addresses[0], TARGET_CODEC)
-        drafts = [
-            DraftPool(name, weight, WorkerLink(address, DRAFT_CODEC), LengthPolicy(lambda: target.load.num_sequences))
-            for name, address, weight in config.draft_addresses
-        ]
-        placement = Placement(target, drafts, tokenizer.vocab_digest)
+        placement = await asyncio.to_thread(_placement, config, tokenizers)
         committer = Committer(store, retry_s=config.store_retry_s)
-        coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
-        server = GrpcServer(
-            config.host,
-            config.port,
-            max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
-            reflect=config.reflection,
-            max_connection_age_s=config.max_connection_age_s,
+        tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
+        coordinator = Coordinator(
+            config,
+            tokenizers=tokenizers,
+            placement=placement,
+            store=store,
+            committer=committer,
+            tally=tally,
+            tracer=tracer,
         )
-        service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
-        server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer))
+        registry = new_registry(calls, {"role": "coordinator"})
+        registry.register(CoordinatorCollector(tally, coordinator, placement))
+        bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
+        status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
+        server = _server(config, calls, CoordinatorServicer(config, coordinator, placement, tokenizers, status))
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
-        yield RunningCoordinator(server.port, server, coordinator, placement)
+        yield RunningCoordinator(server.port, server, coordinator, placement, registry, bound_metrics_port)
         await server.set_ready(False)
+
+
+def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
+    server = GrpcServer(
+        config.host,
+        config.port,
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        reflect=config.reflection,
+        calls=calls,
+        max_connection_age_s=config.max_connection_age_s,
+    )
+    server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
+    return server
+
+
+def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement:
+    """Raises ConfigError where workers cannot be discovered as configured. May take long."""
+    targets = _pool(config, "targets", config.target_sources, TARGET_CODEC)
+    drafts = [
+        DraftPool(
+            pool.name,
+            pool.weight,
+            _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC),
+            config.propose_timeout_s,
+        )
+        for pool in config.draft_pools
+    ]
+    return Placement(targets, drafts, tokenizers)
+
+
+def _pool(
+    config: CoordinatorConfig, name: str, sources: Sequence[Source], codec: Codec[ItemT, ResultT]
+) -> WorkerPool[ItemT, ResultT]:
+    discoveries = [source.discovery(config.dns_interval_s) for source in sources]
+    return WorkerPool(discoveries, lambda address: WorkerLink(address, codec), name)
 
 
 async def _check_store(store: SessionStore) -> None:
@@ -104,13 +154,13 @@ async def _check_store(store: SessionStore) -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    with stop_signals() as stop:
-        async with running_coordinator(config) as running:
+    with stop_signals() as stop, open_tracer(config.trace_endpoint, config.trace_sample, "coordinator") as tracer:
+        async with running_coordinator(config, config.metrics_port, tracer) as running:
             stopped = asyncio.create_task(stop.wait())
             while not stop.is_set() and not await running.wait_ready(0.5):
                 pass
             if not stop.is_set():
-                announce_ready("coordinator", running.port)
+                announce_ready("coordinator", running.port, metrics_port=running.metrics_port)
                 log.info("serving on port %d", running.port)
             await stopped
             await running.server.set_ready(False)

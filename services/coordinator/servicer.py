@@ -5,19 +5,25 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc.aio
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
-from services.common.values import FinishReason, ModelInfo, TokenOrigin
+from services.common import wire
+from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
+from services.coordinator.draft_pools import DraftPool
 from services.coordinator.output import Chunk, Started
-from services.coordinator.placement import DraftPool, Placement, Served
+from services.coordinator.placement import Placement, Served
 from services.coordinator.statistics import GenerationStatistics
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.status import StatusReader, WorkerStatus
+from services.coordinator.tokenizer_set import TokenizerSet
 from services.coordinator.trim import Trimmed
 
 _FINISH_REASONS = {
@@ -36,15 +42,24 @@ class CoordinatorServicer:
     """The RPCs. Errors are raised as they are; services.common.rpc turns them into statuses."""
 
     def __init__(
-        self, config: CoordinatorConfig, coordinator: Coordinator, placement: Placement, tokenizer: Tokenizer
+        self,
+        config: CoordinatorConfig,
+        coordinator: Coordinator,
+        placement: Placement,
+        tokenizers: TokenizerSet,
+        status: StatusReader,
     ) -> None:
         self._config = config
+        self._status = status
         self._coordinator = coordinator
         self._placement = placement
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
 
-    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
-        async with self._coordinator.generate(admit(request, self._limits())) as stream:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        admitted = admit(request, self._limits(request.model))
+        async with self._coordinator.generate(admitted, _traceparent(context)) as stream:
             yield pb.GenerateResponse(started=_encode_started(stream.started))
             async for chunk in stream.output:
                 yield encode_chunk(chunk)
@@ -71,17 +86,40 @@ class CoordinatorServicer:
     async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
 
-    def _limits(self) -> Limits:
+    async def GetClusterStatus(
+        self, request: pb.GetClusterStatusRequest, context: object
+    ) -> pb.GetClusterStatusResponse:
+        coordinator, status = self._coordinator, self._status
+        return pb.GetClusterStatusResponse(
+            instance_id=status.instance_id,
+            uptime_s=status.uptime_s,
+            draining=coordinator.draining,
+            num_requests_running=coordinator.num_streaming,
+            num_requests_waiting=coordinator.num_waiting,
+            workers=[_encode_worker(worker) for worker in await status.workers()],
+            drafts=[_encode_pool(pool, served) for served in self._placement.served for pool in served.drafts],
+            activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
+        )
+
+    def _limits(self, model: str) -> Limits:
+        """For a request that names `model`, or none."""
         served = self._placement.served
-        vocab_sizes = [self._tokenizer.vocab_size, *(pair.model.vocab_size for pair in served)]
+        named = [pair.model for pair in served if model in ("", pair.model.name)]
+        tokenizers = [tokenizer for pair in named if (tokenizer := self._tokenizers.find(pair.name))]
+        vocab_sizes = [tokenizer.vocab_size for tokenizer in tokenizers] + [pair.vocab_size for pair in named]
         return Limits(
             models=tuple(pair.model.name for pair in served),
-            vocab_size=min(vocab_sizes),
+            vocab_size=min(vocab_sizes, default=self._tokenizers.vocab_size),
             default_num_draft_tokens=self._config.fixed_num_draft_tokens,
             max_draft_tokens=self._config.max_draft_tokens,
             max_prompt_bytes=self._config.max_prompt_bytes,
             drafts=self._placement.draft_names,
         )
+
+
+def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's span, from the call's metadata."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
 
 
 def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
@@ -143,8 +181,8 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
 
 
 def _encode_served(served: Served) -> pb.ServedModel:
-    drafts = [_encode_pool(pool, served.model) for pool in served.drafts]
-    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.link.up), pb.DraftPool())
+    drafts = [_encode_pool(pool, served) for pool in served.drafts]
+    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.up), pb.DraftPool())
     return pb.ServedModel(
         name=served.model.name,
         digest=served.model.digest,
@@ -157,15 +195,23 @@ def _encode_served(served: Served) -> pb.ServedModel:
     )
 
 
-def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:
-    info = pool.link.info
+def _encode_worker(worker: WorkerStatus) -> pb.WorkerStatus:
+    view = worker.view
+    trouble = "" if view.up else view.link.trouble.message
+    info = wire.info_to_proto(worker.info) if worker.info else None
+    role = wire.role_to_proto(view.role)
+    return pb.WorkerStatus(role=role, address=view.address, pool=view.pool, up=view.up, trouble=trouble, info=info)
+
+
+def _encode_pool(pool: DraftPool, served: Served) -> pb.DraftPool:
+    info, counts = pool.info, pool.share(served.model.name).counts
     return pb.DraftPool(
         name=pool.name,
         weight=pool.weight,
         drafter=info.drafter if info else "",
         draft_model=info.model.name if info and info.model else "",
-        ready=pool.fits(model),
-        num_drafts=pool.counts.num_drafts,
-        num_draft_tokens=pool.counts.num_draft_tokens,
-        num_accepted_tokens=pool.counts.num_accepted_tokens,
+        ready=pool.fits(served.kind),
+        num_drafts=counts.num_drafts,
+        num_draft_tokens=counts.num_draft_tokens,
+        num_accepted_tokens=counts.num_accepted_tokens,
     )

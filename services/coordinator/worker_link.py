@@ -36,6 +36,7 @@ MAX_PREFIX_TOKENS_A_MESSAGE = 200_000
 _DESCRIBE_TIMEOUT_S = 2.0
 _MAX_BACKOFF_S = 2.0
 _SWEEP_S = 0.1
+_REFRESH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,16 @@ class WorkerLink(Generic[ItemT, ResultT]):
         self._outgoing_waiter: asyncio.Future[None] | None = None
         self._info: WorkerInfo | None = None
         self._load = WorkerLoad()
+        self._num_foreign = 0
+        self._heard_s = 0.0
         self._up = asyncio.Event()
         self._trouble: OutriderError = Unavailable("STARTING", f"{self} is not connected yet", retry_after_ms=500)
         self._tasks: list[asyncio.Task[None]] = []
+        self._channel: grpc.aio.Channel | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the link comes up or goes down, and when its worker begins to drain."""
+        self.on_broken: Callable[[], None] = lambda: None
+        """Called when a stream has ended otherwise than by `aclose`."""
 
     def __str__(self) -> str:
         return f"{self._codec.role} worker {self.address}"
@@ -154,6 +162,11 @@ class WorkerLink(Generic[ItemT, ResultT]):
     @property
     def load(self) -> WorkerLoad:
         return self._load
+
+    @property
+    def num_foreign(self) -> int:
+        """Sequences on the worker that are not this link's, as of its last load."""
+        return self._num_foreign
 
     @property
     def up(self) -> bool:
@@ -177,6 +190,12 @@ class WorkerLink(Generic[ItemT, ResultT]):
                 await self._up.wait()
         return self.up
 
+    async def describe(self, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> WorkerInfo:
+        """Asks the worker what it is and how it is doing. Raises what ails the link, or the call."""
+        if not self.up or self._channel is None:
+            raise self._trouble
+        return await _ask(self._channel, timeout_s)
+
     def open_lane(self, identity: Identity) -> Lane[ItemT, ResultT]:
         """A lane for the sequence that is about to be opened. Raises what ails the link if it is not up."""
         if not self.up:
@@ -196,6 +215,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
     async def _run(self) -> None:
         backoff_s = 0.1
         async with grpc.aio.insecure_channel(self.address, options=rpc.channel_options()) as channel:
+            self._channel = channel
             while True:
                 try:
                     self._info = await self._describe(channel)
@@ -209,12 +229,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _describe(self, channel: grpc.aio.Channel) -> WorkerInfo:
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        try:
-            request = worker_pb2.GetWorkerInfoRequest()
-            info = wire.info_from_proto(await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S))
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_from_rpc(error) from error
+        info = await _ask(channel, _DESCRIBE_TIMEOUT_S)
         if info.role != self._codec.role:
             raise FailedPrecondition("MODEL_MISMATCH", f"{self} says that its role is {info.role!r}")
         if info.protocol_version != PROTOCOL_VERSION:
@@ -227,13 +242,15 @@ class WorkerLink(Generic[ItemT, ResultT]):
         """Runs one stream to its end. Always raises why it ended."""
         call = self._codec.open_stream(channel)
         writer = asyncio.create_task(self._write(call))
-        self._load = self._info.load if self._info else WorkerLoad()
+        refresher = asyncio.create_task(self._refresh(channel))
+        self._note_load(self._info.load if self._info else WorkerLoad())
         self._up.set()
         log.info("%s: connected", self)
+        self.on_change()
         error: OutriderError = Unavailable("STREAM_BROKEN", f"{self} ended the stream", retry_after_ms=500)
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
-                self._load = wire.load_from_proto(response.load)
+                self._note_load(wire.load_from_proto(response.load))
                 for result in self._codec.decode(response):
                     lane = self._lanes.get(_key(result.identity))
                     if lane is not None:
@@ -246,10 +263,32 @@ class WorkerLink(Generic[ItemT, ResultT]):
         finally:
             self._up.clear()
             writer.cancel()
+            refresher.cancel()
             call.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            await asyncio.gather(writer, refresher, return_exceptions=True)
             self._break_lanes(Unavailable("STREAM_BROKEN", f"{self}: {error.message}", retry_after_ms=500))
+            self.on_change()
+        self.on_broken()
         raise error
+
+    def _note_load(self, load: WorkerLoad) -> None:
+        began_to_drain = load.draining and not self._load.draining
+        self._load, self._heard_s = load, asyncio.get_running_loop().time()
+        self._num_foreign = max(0, load.num_sequences - len(self._lanes))
+        if began_to_drain:
+            self.on_change()
+
+    async def _refresh(self, channel: grpc.aio.Channel) -> None:
+        """Asks a worker for its load that has sent none for a while: a quiet one may have been filled by others."""
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            if asyncio.get_running_loop().time() - self._heard_s < _REFRESH_S:
+                continue
+            with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that is gone ends the stream
+                request = worker_pb2.GetWorkerInfoRequest()
+                response = await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S)
+                self._note_load(wire.load_from_proto(response.load))
 
     def _break_lanes(self, error: OutriderError) -> None:
         lanes, self._lanes = self._lanes, {}
@@ -287,6 +326,14 @@ class WorkerLink(Generic[ItemT, ResultT]):
             for lane in list(self._lanes.values()):
                 if lane.waiting and lane.deadline < now:
                     lane.expire()
+
+
+async def _ask(channel: grpc.aio.Channel, timeout_s: float) -> WorkerInfo:
+    stub = worker_pb2_grpc.WorkerServiceStub(channel)
+    try:
+        return wire.info_from_proto(await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s))
+    except grpc.aio.AioRpcError as error:
+        raise rpc.error_from_rpc(error) from error
 
 
 def _key(identity: Identity) -> tuple[str, int, int]:

@@ -19,9 +19,10 @@ from services.common.session_store import Commit
 from services.common.values import SamplingParams, VerificationMethod, WorkerInfo, WorkerLoad
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength, LengthPolicy
-from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.generation import Generation, Routes, Timeouts
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
@@ -31,6 +32,7 @@ from services.engine.block_manager import BlockManager
 from services.engine.drafters.simulated import simulated_drafter
 from services.engine.simulated import Pace, SimulatedTarget, simulated_info
 from services.target.core import TargetCore
+from tests.fakes.fixed_route import FixedRoute
 from tests.fakes.virtual_time import VirtualTimeLoop, run
 
 MAX_LEN = 32_768
@@ -140,6 +142,13 @@ class SlowStore:
         return [None] * len(commits)
 
 
+class Unhurried(ProposeDeadline):
+    """Proposals are never late."""
+
+    def seconds(self, num_draft_tokens: int) -> float:
+        return FOREVER_S
+
+
 class Counted(Generation):
     """A generation that tells how far it is."""
 
@@ -225,12 +234,12 @@ class VirtualCluster:
         return Counted(
             plan,
             prompt,
-            links=Links(self.target, self.draft if num_draft_tokens != 0 else None),
+            routes=Routes(FixedRoute(self.target), FixedRoute(self.draft) if num_draft_tokens != 0 else None),
             trimmer=Trimmer(EndRules(frozenset(), frozenset(), (), num_tokens), text),
             journal=Journal(self._committer, plan.session_id, 1, len(prompt)),
             output=output,
             statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-            timeouts=Timeouts(1e6, 1e6, 1.0),
+            timeouts=Timeouts(Unhurried(FOREVER_S), FOREVER_S, 1.0),
             length=length,
             clock=loop.nanoseconds,
         )

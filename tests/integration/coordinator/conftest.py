@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
-from outrider.v1 import coordinator_pb2_grpc
+from outrider.v1 import coordinator_pb2_grpc, target_pb2
 
 from services.common import rpc
-from services.common.worker_server import RunningWorker
+from services.common.tracing import NO_TRACER, Tracer
+from services.common.worker_server import BuiltWorker, Recipe, RunningWorker, running_worker
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
 from services.draft.config import DraftConfig
 from services.draft.server import running_draft
 from services.target.config import TargetConfig
+from services.target.server import build as build_target
 from services.target.server import running_target
+from services.target.servicer import TargetServicer
 
 TARGET = TargetConfig(host="127.0.0.1", port=0, model="simulated", simulated_step_ms=0.0)
 DRAFT = DraftConfig(host="127.0.0.1", port=0, model="simulated", drafter="simulated", simulated_token_ms=0.0)
@@ -75,11 +79,15 @@ def start_cluster(redis_url: str) -> StartCluster:
 
     @contextlib.asynccontextmanager
     async def start(
-        target: TargetConfig = TARGET, draft: DraftConfig | None = DRAFT, **settings: Any
+        target: TargetConfig = TARGET,
+        draft: DraftConfig | None = DRAFT,
+        tracers: Mapping[str, Tracer] = MappingProxyType({}),
+        **settings: Any,
     ) -> AsyncIterator[Cluster]:
         async with contextlib.AsyncExitStack() as stack:
-            running_t = await stack.enter_async_context(running_target(target))
-            running_d = await stack.enter_async_context(running_draft(draft)) if draft else None
+            running_t = await stack.enter_async_context(running_target(target, tracer=tracers.get("target", NO_TRACER)))
+            draft_tracer = tracers.get("draft", NO_TRACER)
+            running_d = await stack.enter_async_context(running_draft(draft, tracer=draft_tracer)) if draft else None
             config = CoordinatorConfig(
                 port=0,
                 redis_url=redis_url,
@@ -87,16 +95,97 @@ def start_cluster(redis_url: str) -> StartCluster:
                 targets=f"127.0.0.1:{running_t.port}",
                 drafts=f"127.0.0.1:{running_d.port}" if running_d else "",
             )
-            coordinator = await stack.enter_async_context(running_coordinator(dataclasses.replace(config, **settings)))
-            assert await coordinator.wait_ready(10)
-            options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
-            channel = await stack.enter_async_context(
-                grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}", options=options)
+            tracer = tracers.get("coordinator", NO_TRACER)
+            coordinator, stub = await stack.enter_async_context(
+                coordinating(dataclasses.replace(config, **settings), tracer)
             )
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             yield Cluster(coordinator, running_t, running_d, stub)
 
     return start
+
+
+@dataclass(frozen=True, slots=True)
+class ManyWorkers(Cluster):
+    """A cluster of several targets and drafts; `target` and `draft` are the first ones."""
+
+    targets: tuple[RunningWorker, ...]
+    drafts: tuple[RunningWorker, ...]
+
+    @property
+    def workers(self) -> tuple[RunningWorker, ...]:
+        return (*self.targets, *self.drafts)
+
+
+StartMany = Callable[..., contextlib.AbstractAsyncContextManager[ManyWorkers]]
+
+
+@pytest.fixture
+def start_many(redis_url: str) -> StartMany:
+    """Starts a cluster: `start_many(targets, drafts, **coordinator settings)`, of configurations or Models."""
+
+    @contextlib.asynccontextmanager
+    async def start(
+        targets: Sequence[TargetConfig | Model], drafts: Sequence[DraftConfig], /, **settings: Any
+    ) -> AsyncIterator[ManyWorkers]:
+        async with contextlib.AsyncExitStack() as stack:
+            running_t = [await stack.enter_async_context(start_target(target)) for target in targets]
+            running_d = [await stack.enter_async_context(running_draft(draft)) for draft in drafts]
+            config = CoordinatorConfig(
+                port=0,
+                redis_url=redis_url,
+                tokenizer="simulated",
+                targets=",".join(f"127.0.0.1:{target.port}" for target in running_t),
+                drafts=",".join(f"127.0.0.1:{draft.port}" for draft in running_d),
+            )
+            config = dataclasses.replace(config, **settings)
+            coordinator, stub = await stack.enter_async_context(coordinating(config))
+            yield ManyWorkers(
+                coordinator,
+                running_t[0],
+                running_d[0] if running_d else None,
+                stub,
+                targets=tuple(running_t),
+                drafts=tuple(running_d),
+            )
+
+    return start
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A target that tells of itself otherwise: `changes` are those of its ModelInfo."""
+
+    config: TargetConfig
+    changes: dict[str, Any]
+
+
+def start_target(target: TargetConfig | Model) -> contextlib.AbstractAsyncContextManager[RunningWorker]:
+    if isinstance(target, TargetConfig):
+        return running_target(target)
+    changes, config = target.changes, target.config
+
+    def build() -> BuiltWorker:
+        built = build_target(config)
+        assert built.info.model is not None
+        return built._replace(
+            info=dataclasses.replace(built.info, model=dataclasses.replace(built.info.model, **changes))
+        )
+
+    service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
+    return running_worker(config, Recipe("target", service, TargetServicer, build))
+
+
+@contextlib.asynccontextmanager
+async def coordinating(
+    config: CoordinatorConfig,
+    tracer: Tracer = NO_TRACER,
+) -> AsyncIterator[tuple[RunningCoordinator, coordinator_pb2_grpc.CoordinatorServiceAsyncStub]]:
+    """A coordinator that is ready, and a stub."""
+    async with running_coordinator(config, tracer=tracer) as coordinator:
+        assert await coordinator.wait_ready(10)
+        options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}", options=options) as channel:
+            yield coordinator, coordinator_pb2_grpc.CoordinatorServiceStub(channel)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from services.cli.cluster import (
     draft_flags,
     split_threads,
     target_flags,
+    worker_names,
 )
 from services.cli.failure import CommandFailed
 from services.cli.vocabulary import differ
@@ -42,6 +43,15 @@ SIMULATED = ClusterSpec(target="simulated", drafter="simulated", num_draft_token
 )
 def test_threads_are_split_between_what_computes(cores, drafter, split):
     assert split_threads(cores, drafter) == split
+
+
+def test_several_workers_share_the_threads_and_take_free_ports():
+    assert split_threads(16, "model", num_targets=3, num_drafts=2) == (4, 2)
+    assert split_threads(2, "ngram", num_targets=3, num_drafts=3) == (1, 1)
+    spec = dataclasses.replace(SIMULATED, num_targets=3, num_drafts=2, target_port=50053, draft_port=50052)
+    assert spec.target_ports == (50053, 0, 0)
+    assert spec.draft_ports == (50052, 0)
+    assert worker_names("target", 3) == ["target", "target-2", "target-3"]
 
 
 def options(flags: list[str]) -> dict[str, str]:

@@ -12,13 +12,15 @@ from services.common.session_store import Commit
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.draft_length import FixedLength
-from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.generation import Generation, Routes, Timeouts
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
 from services.coordinator.worker_link import TARGET_CODEC, WorkerLink
+from tests.fakes.fixed_route import FixedRoute
 
 TAKEN_OVER = Aborted("OWNERSHIP_LOST", "taken over")
 
@@ -34,7 +36,9 @@ class SlowStore:
         return [None] * len(commits)
 
 
-def new_generation(committer: Committer, output: Output, finish: FinishReason | None = None) -> Generation:
+def new_generation(
+    committer: Committer, output: Output, finish: FinishReason | None = None, route: FixedRoute | None = None
+) -> Generation:
     plan = GenerationPlan(
         session_id="s",
         lease_epoch=1,
@@ -55,12 +59,12 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
     return Generation(
         plan,
         [1, 65],
-        links=Links(WorkerLink("127.0.0.1:1", TARGET_CODEC), None),
+        routes=Routes(route or FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
         trimmer=trimmer,
         journal=Journal(committer, "s", 1, 2),
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-        timeouts=Timeouts(1.0, 1.0, 1.0),
+        timeouts=Timeouts(ProposeDeadline(1.0), 1.0, 1.0),
         length=FixedLength(0),
         finish=finish,
     )
@@ -73,9 +77,11 @@ async def chunks_of(output: Output) -> list[Chunk]:
 @pytest.mark.parametrize("error", [TAKEN_OVER, None])
 async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
     output = Output(max_unread_tokens=16, slow_client_s=1.0)
-    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output)
+    route = FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC))
+    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output, route=route)
     generation.start()
     await generation.stop(error)
+    assert route.closed
     async with asyncio.timeout(1):
         if error:
             with pytest.raises(Aborted):

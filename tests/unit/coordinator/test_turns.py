@@ -54,6 +54,7 @@ def a_record(token_ids: list[int], prompt_len: int, *, messages: str = "", reply
         owner_key="anonymous",
         model="m",
         target_digest="",
+        target_numerics="",
         draft_digest="",
         seed=0,
         prompt_len=prompt_len,
