@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import textwrap
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from deploy.tools.images import version
 from tests.deploy.cases import CASES, CERT_MANAGER, COMMIT, EVERYTHING, GPU, SIMULATED, merged
 from tests.deploy.chart import (
     CHART,
+    ROOT,
     Manifest,
     containers,
     env_of,
@@ -55,6 +57,19 @@ def test_the_chart_installs_the_version_that_it_lies_beside() -> None:
 @pytest.mark.parametrize("name", [path.name for path in sorted((CHART / "ci").glob("*.yaml"))])
 def test_examples_install(name: str) -> None:
     assert render(yaml.safe_load((CHART / "ci" / name).read_text()))
+
+
+def documented() -> list[dict[str, Any]]:
+    """The values that docs/operations.md shows, each merged over what it leaves out."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^( *)```yaml\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [merged(GPU, yaml.safe_load(textwrap.dedent(block))) for _, block in blocks]
+
+
+def test_the_documentations_values_install() -> None:
+    assert len(documented()) == 3
+    for values in documented():
+        assert render(values)
 
 
 def test_a_draft_gets_one_gpu_and_a_target_two() -> None:
