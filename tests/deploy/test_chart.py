@@ -13,6 +13,8 @@ import yaml
 
 from deploy.tools.fetch import program
 from deploy.tools.images import version
+from services.common.metrics import PREFIX
+from services.common.worker_metrics import KV_USAGE, QUEUED, STEP_S
 from tests.deploy.cases import CASES, CERT_MANAGER, COMMIT, EVERYTHING, GPU, SIMULATED, merged
 from tests.deploy.chart import (
     CHART,
@@ -109,8 +111,8 @@ def test_each_part_is_scaled_by_metrics_of_its_own() -> None:
     }
     names = {part: sorted(re.findall(r"outrider_\w+", " ".join(texts))) for part, texts in queries.items()}
     assert names == {
-        "draft": ["outrider_num_queued_items", "outrider_step_duration_seconds_sum"],
-        "target": ["outrider_kv_cache_usage_perc", "outrider_num_queued_items"],
+        "draft": [PREFIX + QUEUED.name, f"{PREFIX}{STEP_S.name}_sum"],
+        "target": [PREFIX + KV_USAGE.name, PREFIX + QUEUED.name],
     }
 
 
