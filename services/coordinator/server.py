@@ -111,7 +111,12 @@ async def running_coordinator(
 
 def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
     server = GrpcServer(
-        config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
+        config.host,
+        config.port,
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        reflect=config.reflection,
+        calls=calls,
+        max_connection_age_s=config.max_connection_age_s,
     )
     server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
     return server
