@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 NUM_TIMES = 3
 FIRST_WAIT = 4
 """Steps before the first try."""
-FIRST_INTERVAL = 32
+FIRST_INTERVAL = 128
 MAX_INTERVAL = 2048
 LATE = 2.5
 """So many times the median is far longer than usual."""
