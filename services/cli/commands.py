@@ -17,6 +17,7 @@ from services.cli.bench.command import bench
 from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.inspect import models, sessions
+from services.cli.keys import keys
 from services.cli.plan.command import plan
 from services.cli.serve import serve
 from services.cli.train_draft import train_draft
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions):
+for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, keys):
     cli.add_command(_command)
 
 

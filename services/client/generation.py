@@ -116,7 +116,7 @@ class Generation:
 
     async def _stream(self, connection: Connection) -> AsyncGenerator[Chunk, None]:
         """The chunks of one call. Ends normally only with the finished response; else raises OutriderError."""
-        call = connection.stub.Generate(self._next_request())
+        call = connection.track(connection.stub.Generate(self._next_request(), metadata=connection.metadata))
         timeout_s = self._policy.first_message_timeout_s
         try:
             while True:

@@ -5,7 +5,9 @@
     ├── NotFound                          UNKNOWN_SESSION, UNKNOWN_MODEL
     ├── FailedPrecondition                VOCAB_MISMATCH, MODEL_MISMATCH, MODEL_CHANGED, SESSION_CLOSED, UNSUPPORTED
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
-    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL (retriable), TOO_LONG_FOR_POOL (not)
+    ├── PermissionDenied                  WRONG_PEER
+    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL, RATE_LIMITED, TOO_MANY_SESSIONS (retriable),
+    │                                     TOO_LONG_FOR_POOL (not)
     ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
     │                                     STREAM_BROKEN
     ├── DeadlineExceeded                  DEADLINE
@@ -70,6 +72,10 @@ class NotFound(OutriderError):
     code = 5
 
 
+class PermissionDenied(OutriderError):
+    code = 7
+
+
 class ResourceExhausted(OutriderError):
     code = 8
 
@@ -104,6 +110,7 @@ ERRORS_BY_CODE: dict[int, type[OutriderError]] = {
         InvalidArgument,
         DeadlineExceeded,
         NotFound,
+        PermissionDenied,
         ResourceExhausted,
         FailedPrecondition,
         Aborted,

@@ -29,7 +29,7 @@ from services.common.values import FinishReason
 PROMPT_ORIGIN = 0
 """The byte in `origins` of a token that nobody generated; others are TokenOrigin values."""
 ANONYMOUS = "anonymous"
-"""The owner key of sessions while requests carry no credentials."""
+"""The owner key of sessions whose requests carry no credentials."""
 
 _EVICTS = ("allkeys-", "volatile-")
 _DIGESTS = {
@@ -159,7 +159,8 @@ class SessionStore:
                 client_name="outrider",
             )
         except ValueError as error:
-            raise ConfigError(f"redis_url: {error}") from error
+            # the error's own text may hold a part of the password
+            raise ConfigError("redis_url: not a URL of the form redis://, rediss:// or unix://") from error
         return cls(redis, owner_id, idle_s=idle_s, tombstone_s=tombstone_s)
 
     @property
@@ -195,10 +196,11 @@ class SessionStore:
         except (RedisError, OSError) as error:
             raise _unavailable(error) from error
 
-    async def load(self, session_id: str) -> SessionRecord | None:
+    async def load(self, session_id: str, owner_key: str = ANONYMOUS) -> SessionRecord | None:
         """The session's record as of one moment; None if there is none.
 
-        Raises FailedPrecondition SESSION_CLOSED where a tombstone stands.
+        Raises FailedPrecondition SESSION_CLOSED where a tombstone stands, NotFound UNKNOWN_SESSION where record or
+        tombstone belong to another key's owner.
         """
         meta_key, *value_keys = _keys(session_id)
         pipeline = self._redis.pipeline(transaction=True)
@@ -212,6 +214,8 @@ class SessionStore:
         if not meta:
             return None
         fields = {name.decode(): value.decode() for name, value in meta.items()}
+        if fields.get("owner_key", ANONYMOUS) != owner_key:
+            raise unknown_session(session_id)
         if "closed" in fields:
             raise _closed(session_id)
         return _decode_record(session_id, fields, token_ids or b"", origins or b"", log_probs or b"", max(0, ttl_s))
@@ -255,9 +259,12 @@ class SessionStore:
                 replies[i] = reply
         return [_commit_outcome(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
 
-    async def close(self, session_id: str) -> None:
-        """Leaves a tombstone in the session's place. Idempotent while it stands. Raises NotFound UNKNOWN_SESSION."""
-        status, _ = await self._evaluate(scripts.CLOSE, session_id, [self._tombstone_s])
+    async def close(self, session_id: str, owner_key: str = ANONYMOUS) -> None:
+        """Leaves a tombstone in the session's place. Idempotent while it stands.
+
+        Raises NotFound UNKNOWN_SESSION, also where it belongs to another key's owner.
+        """
+        status, _ = await self._evaluate(scripts.CLOSE, session_id, [self._tombstone_s, owner_key, ANONYMOUS])
         _raise_for(status, session_id)
 
     async def _commit_pipeline(self, commits: Sequence[Commit]) -> list[object]:
@@ -358,11 +365,16 @@ def _commit_outcome(commit: Commit, reply: object) -> OutriderError | None:
 
 def _raise_for(status: int, session_id: str) -> None:
     if status == scripts.MISSING:
-        raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+        raise unknown_session(session_id)
     if status == scripts.CLOSED:
         raise _closed(session_id)
     if status == scripts.WRONG_LEN:
         raise Aborted("OWNERSHIP_LOST", f"session {session_id} holds other tokens than expected")
+
+
+def unknown_session(session_id: str) -> NotFound:
+    """What everybody but its owner is told of a session, too."""
+    return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
 
 
 def _closed(session_id: str) -> FailedPrecondition:

@@ -18,8 +18,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 from outrider.v1 import worker_pb2
 
 from services.common.failure import Failure
-from services.common.rpc import GrpcServer
+from services.common.peer_names import PeerNames
+from services.common.rpc import GrpcServer, ServerLimits
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
+from services.common.tls import server_credentials
 from services.common.values import WorkerInfo
 from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
 from services.common.worker_config import WorkerConfig
@@ -91,7 +93,7 @@ async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[
     """Serves from enter to exit. Until the engine is built, calls are answered UNAVAILABLE/STARTING."""
     started = time.monotonic()
     state = WorkerState()
-    server = GrpcServer(config.host, config.port, reflect=config.reflection)
+    server = _server(config)
     server.add(_WORKER_SERVICE, WorkerServicer(state))
     server.add(recipe.service, recipe.servicer(state))
     async with server:
@@ -107,6 +109,20 @@ async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[
             await server.set_ready(False)
             await asyncio.to_thread(engine.stop)
             await asyncio.to_thread(close)
+
+
+def _server(config: WorkerConfig) -> GrpcServer:
+    """With TLS, coordinators alone may call it. Raises ConfigError for bad TLS files."""
+    tls = config.load_tls()
+    return GrpcServer(
+        config.host,
+        config.port,
+        limits=ServerLimits(max_connections=config.max_connections),
+        credentials=server_credentials(tls) if tls else None,
+        interceptors=[PeerNames(config.coordinator_names)] if tls else [],
+        probe_port=config.probe_port_number,
+        reflect=config.reflection,
+    )
 
 
 async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:

@@ -9,8 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from services.common.addresses import is_local, is_protected_url
 from services.common.config import setting
 from services.common.errors import ConfigError
+from services.common.security_config import SecurityConfig
+from services.common.tls_files import TlsFiles
 from services.common.values import MAX_DRAFT_TOKENS
 
 AUTO = "auto"
@@ -27,10 +30,18 @@ class DraftAddress(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class CoordinatorConfig:
+class CoordinatorConfig(SecurityConfig):
     """Settings of a coordinator. Raises ConfigError for values out of range."""
 
-    host: str = setting("127.0.0.1", "Address to listen on.")
+    tls_client_ca: str = setting(
+        "", "Authorities that vouch for clients (PEM file): clients then need a certificate. Empty: they need none."
+    )
+    tls_target_name: str = setting(
+        "target", "With TLS: DNS name that a target worker's certificate must have; empty: the host in its address."
+    )
+    tls_draft_name: str = setting("draft", "The same for draft workers.")
+    insecure_redis: bool = setting(False, "Allow a Redis on another machine without TLS.")
+    api_keys_file: str = setting("", "File of `outrider keys`; clients then need a key. Read again when it changes.")
     port: int = setting(50051, "Port to listen on; 0 takes a free one.")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "The Redis that holds the sessions.")
     targets: str = setting("127.0.0.1:50053", "Addresses of target workers, separated by commas.")
@@ -60,6 +71,8 @@ class CoordinatorConfig:
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        self.check_security()
+        self._check_peers()
         limits: dict[str, tuple[float, float]] = {
             "port": (0, 65_535),
             "max_draft_tokens": (0, MAX_DRAFT_TOKENS),
@@ -106,6 +119,25 @@ class CoordinatorConfig:
             return int(self.num_draft_tokens)
         except ValueError:
             raise ConfigError(f"num_draft_tokens: {self.num_draft_tokens!r} is neither a number nor {AUTO}") from None
+
+    def _check_peers(self) -> None:
+        """That nothing leaves this machine in plaintext unasked."""
+        if self.tls_client_ca and not self.has_tls:
+            raise ConfigError("tls_client_ca: clients' certificates need tls_cert, tls_key and tls_ca")
+        remote = [a for a in (*self.target_addresses, *(d.address for d in self.draft_addresses)) if not is_local(a)]
+        if remote and not self.has_tls and not self.insecure:
+            raise ConfigError(
+                f"targets, drafts: {remote[0]} is another machine: give tls_cert, tls_key and tls_ca, or --insecure "
+                "to send prompts there in plaintext"
+            )
+        if not (self.insecure or self.insecure_redis or is_protected_url(self.redis_url)):
+            raise ConfigError(
+                "redis_url: it is another machine's: use rediss://, or --insecure-redis to send sessions in plaintext"
+            )
+
+    def load_public_tls(self) -> TlsFiles | None:
+        """What clients are served with: their authorities are not those of the workers. Raises ConfigError."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca) if self.has_tls else None
 
     def _check_drafts(self) -> None:
         names = [draft.name for draft in self.draft_addresses]

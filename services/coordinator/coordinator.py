@@ -13,9 +13,9 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 
-from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
-from services.common.session_store import SessionRecord, SessionStore
+from services.common.session_store import SessionRecord, SessionStore, unknown_session
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -48,6 +48,7 @@ class _Running:
     """A generation that runs here."""
 
     request_id: str
+    owner_key: str
     digest: str
     generation: Generation
     output: Output
@@ -72,7 +73,8 @@ class Coordinator:
         self._committer = committer
         self._opener = SessionOpener(store, tokenizer)
         self._running: dict[str, _Running] = {}
-        self._opening: set[str] = set()
+        self._opening: dict[str, str] = {}
+        """Sessions that are being opened, and the keys' owners who do."""
         self._draining = False
         self._hearts: list[asyncio.Task[None]] = []
 
@@ -105,9 +107,11 @@ class Coordinator:
         """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs.
 
         Raises what services.coordinator.opening and placement raise, and Unavailable DRAINING, ResourceExhausted
-        QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH.
+        QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH, NotFound UNKNOWN_SESSION for another
+        owner's session.
         """
         arrived_ns = time.perf_counter_ns()
+        self._check_owner(request.session_id, request.owner_key)
         await self._let_end(request)
         with self._reserve(request):
             stream = await self._open(request, arrived_ns)
@@ -117,23 +121,30 @@ class Coordinator:
             if stream.generation is not None:
                 await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
-    async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
+    async def get(self, session_id: str, owner_key: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
-        record = await self._load(session_id)
+        record = await self._load(session_id, owner_key)
         if record is None:
-            raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+            raise unknown_session(session_id)
         elsewhere = record.running and record.owner_id != self._store.owner_id
         return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
 
-    async def close_session(self, session_id: str) -> None:
+    async def close_session(self, session_id: str, owner_key: str) -> None:
         """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
+        self._check_owner(session_id, owner_key)
         if running := self._running.get(session_id):
             await running.generation.stop(None)
-        await self._store.close(session_id)
+        await self._store.close(session_id, owner_key)
 
-    async def _load(self, session_id: str) -> SessionRecord | None:
+    def _check_owner(self, session_id: str, owner_key: str) -> None:
+        """Of a session that is in use here; of all others the store knows it."""
+        running = self._running.get(session_id)
+        if (running.owner_key if running else self._opening.get(session_id, owner_key)) != owner_key:
+            raise unknown_session(session_id)
+
+    async def _load(self, session_id: str, owner_key: str) -> SessionRecord | None:
         try:
-            return await self._store.load(session_id)
+            return await self._store.load(session_id, owner_key)
         except OutriderError as error:
             if error.reason == "SESSION_CLOSED":
                 return None
@@ -151,6 +162,7 @@ class Coordinator:
         if self._draining:
             raise Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=100)
         session_id = request.session_id
+        self._check_owner(session_id, request.owner_key)
         running = self._running.get(session_id)
         if session_id in self._opening or (running and running.request_id != request.request_id):
             raise busy(session_id)
@@ -162,11 +174,11 @@ class Coordinator:
                 f"{self._config.max_generations} generations are running, which is the limit",
                 retry_after_ms=1000,
             )
-        self._opening.add(session_id)
+        self._opening[session_id] = request.owner_key
         try:
             yield
         finally:
-            self._opening.discard(session_id)
+            del self._opening[session_id]
 
     async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
@@ -174,7 +186,7 @@ class Coordinator:
         if running := self._running.get(request.session_id):
             self._choose(request)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
-        record = await self._store.load(request.session_id)
+        record = await self._store.load(request.session_id, request.owner_key)
         if record and record.request_id == request.request_id:
             check_same_request(request, record.request_digest)
             if record.finish_reason:
@@ -226,7 +238,7 @@ class Coordinator:
             length=_draft_length(plan, placed),
             finish=past.finish,
         )
-        running = _Running(request.request_id, request.digest, generation, output)
+        running = _Running(request.request_id, request.owner_key, request.digest, generation, output)
         self._running[request.session_id] = running
         generation.start().add_done_callback(lambda _: self._forget(request.session_id, running))
         return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)

@@ -14,12 +14,13 @@ from typing import TypeGuard
 from services.common.errors import InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
 from services.common.values import Proposal, WorkerInfo
+from services.coordinator.link import Link
 from services.coordinator.plan import GenerationPlan
-from services.coordinator.worker_link import Lane, WorkerLink
+from services.coordinator.worker_link import Lane
 
 log = logging.getLogger(__name__)
 
-DraftLink = WorkerLink[DraftItem, DraftResult]
+DraftLink = Link[DraftItem, DraftResult]
 
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0

@@ -12,10 +12,10 @@ import struct
 from dataclasses import dataclass, replace
 
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument
-from services.common.session_store import ANONYMOUS, PROMPT_ORIGIN, Acquisition, KvHandle, SessionRecord, SessionStore
+from services.common.session_store import PROMPT_ORIGIN, Acquisition, KvHandle, SessionRecord, SessionStore
 from services.common.values import TokenOrigin
 from services.coordinator.placement import Placed
-from services.coordinator.plan import GenerationPlan
+from services.coordinator.plan import GenerationPlan, cache_salt
 from services.coordinator.request import GenerationRequest, TextInput
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import EndRules, Trimmed, Trimmer, log_prob_row_bytes, unpack_log_probs
@@ -81,7 +81,7 @@ class SessionOpener:
             fields={
                 "request_id": request.request_id,
                 "request_digest": request.digest,
-                "owner_key": ANONYMOUS,
+                "owner_key": request.owner_key,
                 "model": request.model,
                 "target_digest": placed.model.digest,
                 "draft_digest": placed.draft.model.digest if placed.draft and placed.draft.model else "",
@@ -151,6 +151,7 @@ class SessionOpener:
             num_top_log_probs=request.num_top_log_probs,
             vocab_size=placed.model.vocab_size,
             adaptive=request.num_draft_tokens is None,
+            cache_salt=cache_salt(request.owner_key),
         )
 
 

@@ -5,10 +5,12 @@ Owns: the constants of one generation under one lease. Must not know: links, rou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.common.items import Identity, Open
+from services.common.session_store import ANONYMOUS
 from services.common.values import SamplingParams, VerificationMethod, derive_draft_seed
 
 
@@ -31,6 +33,7 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    cache_salt: bytes = b""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
@@ -57,4 +60,11 @@ class GenerationPlan:
             max_new_tokens=max_len - len(tokens),
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
+            cache_salt=self.cache_salt,
         )
+
+
+def cache_salt(owner_key: str) -> bytes:
+    """What tells one owner's cached prefixes and remembered outputs from another's on the workers, so that nobody can
+    tell by its own speed what others sent. It needs to be distinct, not secret: hashes never leave a worker."""
+    return b"" if owner_key == ANONYMOUS else hashlib.sha256(b"cache salt\0" + owner_key.encode()).digest()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from services.common.session_store import ANONYMOUS
 from services.common.values import SamplingParams, VerificationMethod
 from services.coordinator.chat_template import Message
 
@@ -66,10 +67,12 @@ class GenerationRequest:
     ignore_eos: bool
     include_special_tokens: bool
     resume: ResumePoint | None
+    owner_key: str = ANONYMOUS
+    """Whose session it is: the name of the API key's owner."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what must be equal when a request_id comes again: all but ids and the resume point."""
+        """SHA-256 over what must be equal when a request_id comes again: all but ids, owner and the resume point."""
         return hashlib.sha256(f"{self.input!r}\n{self.parameters()}".encode()).hexdigest()
 
     def parameters(self) -> str:
@@ -77,7 +80,7 @@ class GenerationRequest:
         values = {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in ("session_id", "request_id", "input", "resume")
+            if name not in ("session_id", "request_id", "input", "resume", "owner_key")
         }
         values["verification"] = self.verification.value
         return json.dumps(values, sort_keys=True)

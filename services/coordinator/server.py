@@ -11,25 +11,35 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import tenacity
 from outrider.v1 import coordinator_pb2
 
+from services.common.addresses import is_loopback
+from services.common.api_keys import KeyFile
+from services.common.channels import Channels
 from services.common.errors import Unavailable
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
+from services.common.tls import server_credentials
+from services.coordinator.authentication import ApiKeys, Authenticator
 from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_length import LengthPolicy
 from services.coordinator.placement import DraftPool, Placement
+from services.coordinator.quotas import Quotas
+from services.coordinator.renewing_link import RenewingLink
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.tokenizer import load_tokenizer
-from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink
+from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC
 
 log = logging.getLogger(__name__)
 
+_SPARE_CALLS = 64
+"""Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
 _DRAFT_START_S = 2.0
 _NOTICE_S = 0.2
@@ -67,24 +77,57 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
         await _check_store(store)
-        target = WorkerLink(config.target_addresses[0], TARGET_CODEC)
+        tls = config.load_tls()
+        target_channels, draft_channels = (
+            Channels(tls, name=n) for n in (config.tls_target_name, config.tls_draft_name)
+        )
+        target = RenewingLink(config.target_addresses[0], TARGET_CODEC, target_channels)
         drafts = [
-            DraftPool(name, weight, WorkerLink(address, DRAFT_CODEC), LengthPolicy(lambda: target.load.num_sequences))
+            DraftPool(
+                name,
+                weight,
+                RenewingLink(address, DRAFT_CODEC, draft_channels),
+                LengthPolicy(lambda: target.load.num_sequences),
+            )
             for name, address, weight in config.draft_addresses
         ]
         placement = Placement(target, drafts, tokenizer.vocab_digest)
         committer = Committer(store, retry_s=config.store_retry_s)
         coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
-        server = GrpcServer(
-            config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection
-        )
+        authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
+        quotas = Quotas()
+        server = _server(config, authenticator, quotas)
         service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
-        server.add(service, CoordinatorServicer(config, coordinator, placement, tokenizer))
+        servicer = CoordinatorServicer(
+            config, coordinator, placement, tokenizer, authenticator=authenticator, quotas=quotas
+        )
+        server.add(service, servicer)
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
         yield RunningCoordinator(server.port, server, coordinator, placement)
         await server.set_ready(False)
+
+
+def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quotas) -> GrpcServer:
+    tls = config.load_public_tls()
+    if not (authenticator.required or config.tls_client_ca or is_loopback(config.host)):
+        log.warning("whoever reaches %s may use this service: there is no api_keys_file, no tls_client_ca", config.host)
+    limits = ServerLimits(
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        max_connections=config.max_connections,
+        max_streams_a_connection=config.max_generations + _SPARE_CALLS,
+        max_concurrent_rpcs=2 * config.max_generations + _SPARE_CALLS,
+    )
+    return GrpcServer(
+        config.host,
+        config.port,
+        limits=limits,
+        credentials=server_credentials(tls) if tls else None,
+        interceptors=[ApiKeys(authenticator, quotas)] if authenticator.required else [],
+        probe_port=config.probe_port_number,
+        reflect=config.reflection,
+    )
 
 
 async def _check_store(store: SessionStore) -> None:

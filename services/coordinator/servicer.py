@@ -6,16 +6,22 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
 
+import grpc.aio
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common.api_keys import KeyOwner
 from services.common.values import FinishReason, ModelInfo, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
+from services.coordinator.authentication import Authenticator
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.output import Chunk, Started
 from services.coordinator.placement import DraftPool, Placement, Served
+from services.coordinator.quotas import Quotas
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import Trimmed
@@ -32,25 +38,44 @@ _ORIGINS = {
 }
 
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
 class CoordinatorServicer:
     """The RPCs. Errors are raised as they are; services.common.rpc turns them into statuses."""
 
     def __init__(
-        self, config: CoordinatorConfig, coordinator: Coordinator, placement: Placement, tokenizer: Tokenizer
+        self,
+        config: CoordinatorConfig,
+        coordinator: Coordinator,
+        placement: Placement,
+        tokenizer: Tokenizer,
+        *,
+        authenticator: Authenticator,
+        quotas: Quotas,
     ) -> None:
         self._config = config
+        self._authenticator = authenticator
+        self._quotas = quotas
         self._coordinator = coordinator
         self._placement = placement
         self._tokenizer = tokenizer
 
-    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncIterator[pb.GenerateResponse]:
-        async with self._coordinator.generate(admit(request, self._limits())) as stream:
-            yield pb.GenerateResponse(started=_encode_started(stream.started))
-            async for chunk in stream.output:
-                yield encode_chunk(chunk)
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        owner = self._owner(context)
+        admitted = replace(admit(request, self._limits()), owner_key=owner.name)
+        with self._quotas.generation(owner, admitted.session_id) as count_tokens:
+            async with self._coordinator.generate(admitted) as stream:
+                count_tokens(len(stream.started.prompt_token_ids))
+                yield pb.GenerateResponse(started=_encode_started(stream.started))
+                async for chunk in stream.output:
+                    response = encode_chunk(chunk)
+                    count_tokens(len(response.token_ids))
+                    yield response
 
-    async def GetSession(self, request: pb.GetSessionRequest, context: object) -> pb.GetSessionResponse:
-        record, running = await self._coordinator.get(check_session_id(request.session_id))
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        session_id = check_session_id(request.session_id)
+        record, running = await self._coordinator.get(session_id, self._owner(context).name)
         finish = None if running else record.finish_reason
         return pb.GetSessionResponse(
             session_id=record.session_id,
@@ -64,12 +89,15 @@ class CoordinatorServicer:
             expires_in_s=record.expires_in_s,
         )
 
-    async def CloseSession(self, request: pb.CloseSessionRequest, context: object) -> pb.CloseSessionResponse:
-        await self._coordinator.close_session(check_session_id(request.session_id))
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
+        await self._coordinator.close_session(check_session_id(request.session_id), self._owner(context).name)
         return pb.CloseSessionResponse()
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
+
+    def _owner(self, context: Context) -> KeyOwner:
+        return self._authenticator.identify(context.invocation_metadata() or ())
 
     def _limits(self) -> Limits:
         served = self._placement.served

@@ -21,12 +21,13 @@ from services.common.errors import (
 )
 from services.common.items import Decode, Identity, Refused, TargetItem, TargetResult, Tokens, Verify
 from services.common.values import Proposal
+from services.coordinator.link import Link
 from services.coordinator.plan import GenerationPlan
-from services.coordinator.worker_link import Lane, WorkerLink
+from services.coordinator.worker_link import Lane
 
 log = logging.getLogger(__name__)
 
-TargetLink = WorkerLink[TargetItem, TargetResult]
+TargetLink = Link[TargetItem, TargetResult]
 
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0

@@ -59,7 +59,7 @@ def options(flags: list[str]) -> dict[str, str]:
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/a", "/models/b"), DraftConfig),
         (draft_flags(ClusterSpec(drafter="suffix,staged"), MODEL, 1), DraftConfig),
-        (coordinator_flags(SIMULATED, "simulated", "unix:///s", "h:1", "h:2"), CoordinatorConfig),
+        (coordinator_flags(SIMULATED, "simulated", "unix:///s", "127.0.0.1:1", "127.0.0.1:2"), CoordinatorConfig),
     ],
 )
 def test_every_flag_is_a_setting_of_its_service_and_parses(flags, config):

@@ -9,7 +9,7 @@ from services.coordinator.config import CoordinatorConfig, DraftAddress
 
 
 def config(**settings: str) -> CoordinatorConfig:
-    return CoordinatorConfig(tokenizer="simulated", **settings)  # type: ignore[arg-type]
+    return CoordinatorConfig(tokenizer="simulated", insecure=True, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
