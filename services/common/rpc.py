@@ -39,14 +39,10 @@ M = TypeVar("M", bound=Message)
 MAX_WORKER_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_PUBLIC_MESSAGE_BYTES = 16 * 1024 * 1024
 
-_HANDSHAKE_TIMEOUT_MS = 10_000
-"""For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
-_MAX_IDLE_MS = 600_000
-"""A connection without calls is told to go after this long; clients connect again when they need to."""
-
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),  # the keepalive's own timeout does not end a connection that waits for nothing
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -74,6 +70,10 @@ class ServerLimits:
     max_streams_a_connection: int = 256
     max_concurrent_rpcs: int = 1024
     """On all connections together; further ones are refused with RESOURCE_EXHAUSTED."""
+    handshake_s: float = 10.0
+    """For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
+    max_idle_s: float = 600.0
+    """A connection without calls is told to go after this long; clients connect again when they need to."""
 
 
 def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
@@ -86,8 +86,8 @@ def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_streams_a_connection),
-        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
-        ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
+        ("grpc.server_handshake_timeout_ms", int(1e3 * limits.handshake_s)),
+        ("grpc.max_connection_idle_ms", int(1e3 * limits.max_idle_s)),
         ("grpc.so_reuseport", 0),
     ]
 
