@@ -26,7 +26,7 @@ from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
 from services.client import GenerateOptions, OutriderClient
 from services.common.items import Decode, Identity, Open, Refused, Tokens
-from services.common.values import SamplingParams, VerificationMethod, WorkerLoad
+from services.common.values import SamplingParams, VerificationMethod
 from services.target.config import TargetConfig
 from services.target.server import build
 
@@ -42,7 +42,7 @@ def direct_ms_per_token(step_ms: float, num_tokens: int) -> float:
     arrivals: list[int] = []
     done = threading.Event()
 
-    def deliver(results: list[Tokens | Refused], load: WorkerLoad) -> None:
+    def deliver(results: list[Tokens | Refused]) -> None:
         for result in results:
             if isinstance(result, Refused):
                 done.set()

@@ -6,9 +6,11 @@ Must not know: gRPC calls, the engine, what an item causes. Malformed fields rai
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
 
-import numpy as np
 from outrider.v1 import sampling_pb2, worker_pb2
 
 from services.common.errors import ERRORS_BY_CODE, Internal, InvalidArgument, OutriderError
@@ -39,28 +41,28 @@ _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32."""
-    return np.asarray(token_ids, dtype="<u4").tobytes()
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 def unpack_tokens(data: bytes, field: str = "token_ids") -> tuple[int, ...]:
     """The ids in `data`. Raises InvalidArgument naming `field` if its length is not a multiple of 4."""
-    return tuple(_unpack(data, "<u4", field).tolist())
+    return _unpack(data, "I", field)
 
 
 def pack_floats(values: Sequence[float]) -> bytes:
     """Numbers as little-endian float32."""
-    return np.asarray(values, dtype="<f4").tobytes()
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def unpack_floats(data: bytes, field: str) -> tuple[float, ...]:
     """The numbers in `data`. Raises InvalidArgument naming `field` if its length is not a multiple of 4."""
-    return tuple(_unpack(data, "<f4", field).tolist())
+    return _unpack(data, "f", field)
 
 
-def _unpack(data: bytes, dtype: str, field: str) -> np.ndarray:
+def _unpack(data: bytes, kind: str, field: str) -> tuple[Any, ...]:
     if len(data) % 4:
         raise InvalidArgument("UNDECODABLE", f"{field} holds {len(data)} bytes, not a multiple of 4", field=field)
-    return np.frombuffer(data, dtype=dtype)
+    return struct.unpack(f"<{len(data) // 4}{kind}", data)
 
 
 def method_to_proto(method: VerificationMethod) -> sampling_pb2.VerificationMethod.ValueType:
@@ -137,7 +139,7 @@ def proposal_rows_from_proto(message: worker_pb2.SparseRows, num_tokens: int) ->
         return (SparseRow((), ()),) * num_tokens
     ids = unpack_tokens(message.token_ids)
     probs = unpack_floats(message.probs, "probs")
-    ends = np.cumsum(lens).tolist()
+    ends = accumulate(lens)
     return tuple(SparseRow(ids[end - n : end], probs[end - n : end]) for n, end in zip(lens, ends, strict=True))
 
 

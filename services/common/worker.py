@@ -17,7 +17,7 @@ from outrider.v1 import worker_pb2
 
 from services.common import wire
 from services.common.errors import OutriderError, ResourceExhausted, Unavailable
-from services.common.items import Close, Decode, Open, Propose, Refused, Tokens, Verify
+from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
 from services.common.values import WorkerInfo, WorkerLoad
 
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
@@ -44,7 +44,7 @@ class Connection(Protocol):
 class Engine(Protocol):
     """What a servicer sees of services.engine.engine_thread.EngineThread."""
 
-    def connect(self, deliver: Callable[[list[Any], WorkerLoad], None]) -> Connection: ...
+    def connect(self, deliver: Callable[[list[Any]], None]) -> Connection: ...
 
     @property
     def load(self) -> WorkerLoad: ...
@@ -110,7 +110,7 @@ class ItemStream(Generic[Request, Response, Item]):
         loop = asyncio.get_running_loop()
         outbox = _Outbox()
 
-        def deliver(results: list[Any], load: WorkerLoad) -> None:
+        def deliver(results: list[Any]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                 loop.call_soon_threadsafe(outbox.put, results, time.monotonic_ns())
 
@@ -157,43 +157,45 @@ class _Outbox:
     def __init__(self) -> None:
         self._batches: list[tuple[list[Any], int]] = []
         self._num_results = 0
-        self._has_news = False
-        self._wakeup = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._error: OutriderError | None = None
 
     def put(self, results: list[Any], answered_ns: int) -> None:
         self._batches.append((results, answered_ns))
         self._num_results += len(results)
-        self._has_news = True
         if self._num_results > MAX_UNREAD_RESULTS:
             self.end(ResourceExhausted("QUEUE_FULL", f"more than {MAX_UNREAD_RESULTS} results are unread"))
-        self._wakeup.set()
+        self._wake()
 
     def end(self, error: OutriderError | None) -> None:
         self._ended, self._error = True, self._error or error
-        self._wakeup.set()
+        self._wake()
 
     async def take(self) -> list[Any] | None:
         """All that waits, once there is news; None at the end. Raises the error that ended the stream.
 
         The results' total time comes to include their wait here.
         """
-        while not (self._has_news or self._ended):
-            self._wakeup.clear()
-            await self._wakeup.wait()
+        while not (self._batches or self._ended):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._error:
             raise self._error
-        if not self._has_news:
+        if not self._batches:
             return None
-        self._has_news = False
         batches, self._batches, self._num_results = self._batches, [], 0
         now_ns = time.monotonic_ns()
         return [_delayed(result, now_ns - answered_ns) for batch, answered_ns in batches for result in batch]
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def _delayed(result: Any, delay_ns: int) -> Any:
     if isinstance(result, Tokens) and not result.done:
         return result  # the next token's time counts from this one's answer, so that the wait is in it already
     timings = result.timings
-    return dataclasses.replace(result, timings=dataclasses.replace(timings, total_ns=timings.total_ns + delay_ns))
+    total = Timings(timings.queue_ns, timings.forward_ns, timings.total_ns + delay_ns)
+    return dataclasses.replace(result, timings=total)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Any
 
 import click
+import uvloop
 
 from services.common.config import flags, load, reject_unknown
 from services.common.errors import ConfigError, Unavailable
@@ -26,7 +26,7 @@ def main(**given: Any) -> None:
         reject_unknown(CoordinatorConfig, known=SHARED_VARIABLES)
         config = load(CoordinatorConfig, given)
         setup_logging(config.log_level)
-        asyncio.run(serve(config))
+        uvloop.run(serve(config))
     except ConfigError as error:
         click.echo(f"coordinator: {error}", err=True)
         sys.exit(2)

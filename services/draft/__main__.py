@@ -7,11 +7,11 @@ from services.draft.config import DraftConfig
 
 
 def _serve(config: DraftConfig) -> None:
-    import asyncio
+    import uvloop
 
     from services.draft.server import serve
 
-    asyncio.run(serve(config))
+    uvloop.run(serve(config))
 
 
 main = worker_command(DraftConfig, "draft", "Serve a draft worker: proposes tokens.", _serve)

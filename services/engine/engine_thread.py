@@ -95,7 +95,7 @@ class Connection(Generic[Item, Result]):
         self,
         engine: EngineThread[Item, Result],
         number: int,
-        deliver: Callable[[list[Result | Refused], WorkerLoad], None],
+        deliver: Callable[[list[Result | Refused]], None],
     ) -> None:
         self.number = number
         self.deliver = deliver
@@ -127,8 +127,8 @@ class _Arrival(Generic[Item, Result]):
 class EngineThread(Generic[Item, Result]):
     """Runs a core on a thread of its own; a context manager.
 
-    `deliver` of a connection is called with all its results of a step, and the load, once a step; refusals, which need
-    no step, come before it. It must not block; an exception from it closes its connection.
+    `deliver` of a connection is called with all its results of a step, once a step, when `load` counts them already;
+    refusals, which need no step, come before it. It must not block; an exception from it closes its connection.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class EngineThread(Generic[Item, Result]):
             log.error("%s: the step in progress did not end within %.1f s", self._name, deadline_s)
         return not self._thread.is_alive()
 
-    def connect(self, deliver: Callable[[list[Result | Refused], WorkerLoad], None]) -> Connection[Item, Result]:
+    def connect(self, deliver: Callable[[list[Result | Refused]], None]) -> Connection[Item, Result]:
         """Adds a connection. Raises Unavailable once the engine is stopped."""
         with self._wake:
             self._check_serving()
@@ -185,9 +185,9 @@ class EngineThread(Generic[Item, Result]):
 
     @property
     def load(self) -> WorkerLoad:
-        """The core's load after its last step, plus what is queued before it."""
-        with self._wake:
-            return replace(self._load, num_queued=self._load.num_queued + self._num_queued_items)
+        """The core's load as of the last items or results, plus what is queued before it."""
+        load, num_waiting = self._load, self._num_queued_items
+        return replace(load, num_queued=load.num_queued + num_waiting) if num_waiting else load
 
     def run(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
         """Calls `function` on the engine thread, between steps; returns or raises what it does. For other threads."""
@@ -276,6 +276,8 @@ class EngineThread(Generic[Item, Result]):
         self._pause_s = self._core.hold_s if self._core.has_work else None
         if self._pause_s == 0.0:
             self._guard(self._core.step)
+        else:
+            self._load = self._core.load
         return True
 
     def _take(self, entry: _Arrival[Item, Result] | Connection[Item, Result] | Callable[[], None]) -> None:
@@ -310,20 +312,20 @@ class EngineThread(Generic[Item, Result]):
                 refused = [result.identity for _, result in results if isinstance(result, Refused)]
                 left = [item for item in arrival.items if item.identity not in refused and not isinstance(item, Close)]
                 results += [(arrival.connection.number, Refused(item.identity, refusal)) for item in left]
+        if results or arrival is not None:
+            self._load = self._core.load
         self._deliver(results)
 
     def _deliver(self, results: list[tuple[int, Result | Refused]]) -> None:
-        self._load = self._core.load
         by_connection: dict[int, list[Result | Refused]] = {}
         for number, result in results:
             by_connection.setdefault(number, []).append(result)
-        load = self.load
         for number, its_results in by_connection.items():
             connection = self._connections.get(number)
             if connection is None or connection.closed:
                 continue
             try:
-                connection.deliver(its_results, load)
+                connection.deliver(its_results)
             except Exception:
                 log.exception("%s: a connection takes no results; it is closed", self._name)
                 connection.close()

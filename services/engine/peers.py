@@ -82,20 +82,34 @@ Event = Ready | Timed | Failed
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Never stops; notes when each step ended. transformers asks it once a step, also in assisted generation."""
+    """Never stops; notes when each step ended.
+
+    transformers asks it once a step, also in assisted generation; some versions ask it about candidates as well.
+    """
 
     def __init__(self, prompt_len: int) -> None:
         self._prompt_len = prompt_len
         self._started_ns = time.perf_counter_ns()
-        self.steps: list[tuple[int, int]] = []
+        self._asked: list[tuple[int, int]] = []
 
     @property
     def now_ns(self) -> int:
         return time.perf_counter_ns() - self._started_ns
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
-        self.steps.append((self.now_ns, input_ids.shape[1] - self._prompt_len))
+        self._asked.append((self.now_ns, input_ids.shape[1] - self._prompt_len))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """When there were how many tokens for the first time for good: candidates that were taken back do not count."""
+        steps: list[tuple[int, int]] = []
+        for at_ns, num_tokens in reversed(self._asked):
+            if steps and num_tokens == steps[-1][1]:
+                steps[-1] = at_ns, num_tokens
+            elif num_tokens and (not steps or num_tokens < steps[-1][1]):
+                steps.append((at_ns, num_tokens))
+        return tuple(reversed(steps))
 
 
 class Peers:
@@ -135,7 +149,7 @@ class Peers:
         clock = Clock(len(prompt))
         output = target.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **options)
         token_ids = tuple(output[0, len(prompt) :].tolist())
-        return Timed(peer, index, token_ids, clock.now_ns, tuple(clock.steps))
+        return Timed(peer, index, token_ids, clock.now_ns, clock.steps)
 
     def _options(self, peer: str) -> dict[str, Any]:
         task = self._task

@@ -7,11 +7,11 @@ from services.target.config import TargetConfig
 
 
 def _serve(config: TargetConfig) -> None:
-    import asyncio
+    import uvloop
 
     from services.target.server import serve
 
-    asyncio.run(serve(config))
+    uvloop.run(serve(config))
 
 
 main = worker_command(TargetConfig, "target", "Serve a target worker: verifies proposals and decodes.", _serve)

@@ -10,7 +10,6 @@ import pytest
 
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
 from services.common.items import Refused, TargetItem, TargetResult, Tokens
-from services.common.values import WorkerLoad
 from services.engine.block_manager import BlockManager
 from services.engine.engine_thread import EngineThread
 from services.engine.simulated import SimulatedTarget
@@ -49,13 +48,11 @@ class Peer:
 
     def __init__(self) -> None:
         self.deliveries: list[list[TargetResult | Refused]] = []
-        self.loads: list[WorkerLoad] = []
         self._changed = threading.Condition()
 
-    def deliver(self, results: list[TargetResult | Refused], load: WorkerLoad) -> None:
+    def deliver(self, results: list[TargetResult | Refused]) -> None:
         with self._changed:
             self.deliveries.append(results)
-            self.loads.append(load)
             self._changed.notify_all()
 
     def results(self, num: int) -> list[TargetResult | Refused]:
@@ -120,7 +117,7 @@ def test_one_step_delivers_all_results_of_a_connection_together(bench: Bench) ->
     bench.engine.connect(peer.deliver).submit([*items, *(verify(name, 3, ()) for name in "abc")])
     peer.results(3)
     assert [len(delivery) for delivery in peer.deliveries] == [3]
-    assert peer.loads[0].num_sequences == 3
+    assert bench.engine.load.num_sequences == 3
 
 
 def test_refusal_does_not_wait_for_a_step(bench: Bench) -> None:
@@ -246,7 +243,7 @@ def test_one_large_submission_fits_an_empty_queue() -> None:
 
 
 def test_connection_that_takes_no_results_is_closed(bench: Bench) -> None:
-    def broken(results: list[TargetResult | Refused], load: WorkerLoad) -> None:
+    def broken(results: list[TargetResult | Refused]) -> None:
         raise RuntimeError("the loop is closed")
 
     bench.model.open_gate()
