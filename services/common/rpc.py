@@ -42,7 +42,7 @@ MAX_PUBLIC_MESSAGE_BYTES = 16 * 1024 * 1024
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.ping_timeout_ms", 3_000),  # the keepalive's own timeout does not end a connection that waits for nothing
+    ("grpc.http2.ping_timeout_ms", 3_000),  # without it a ping on a quiet connection may stay unanswered for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
