@@ -23,7 +23,7 @@ $(BIN)/python:
 $(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt torch==2.13.0 setuptools grpcio-tools mypy-protobuf
 	@$(MAKE) --no-print-directory protos/gen/.generated
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt --no-build-isolation -e '.[engine,local,bench,kubernetes,traces,dev]'
 	@touch $@
 
 protos/gen/.generated: $(PROTOS)
@@ -95,11 +95,15 @@ $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generate
 	$(PYTHON) -m venv $(COMPAT_VENV)
 	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,dev]'
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
 check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
+
+check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
+	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }
+	$(BIN)/python -m pytest -q tests/deploy
 
 format: setup ## Format the code and sort the imports
 	$(BIN)/ruff format .
@@ -108,4 +112,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact format clean fuzz fuzz-quick check-distribution check-mutants
+.PHONY: help stubs setup model demo bench bench-simulated bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick check-distribution check-mutants

@@ -93,6 +93,7 @@ class Cluster:
         self._processes: dict[str, Process] = {}
         self._dir = Path()
         self._ports: dict[str, int] = {}
+        self._metrics_ports: dict[str, int] = {}
 
     @property
     def address(self) -> str:
@@ -100,6 +101,9 @@ class Cluster:
 
     def address_of(self, service: str) -> str:
         return f"{_HOST}:{self._ports[service]}"
+
+    def metrics_url_of(self, service: str) -> str:
+        return f"http://{_HOST}:{self._metrics_ports[service]}/metrics"
 
     def pid_of(self, service: str) -> int:
         return self._processes[service].pid
@@ -137,12 +141,16 @@ class Cluster:
         )
         for service in ("target", "draft"):
             self._on_stage(f"loading the {service}")
-            self._ports[service] = self._processes[service].wait_ready(_WORKER_TIMEOUT_S).port
+            self._await_ready(service, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
         workers = self.address_of("target"), self.address_of("draft")
         flags = coordinator_flags(spec, target.directory, redis, *workers)
         self._start_service("coordinator", flags, 1)
-        self._ports["coordinator"] = self._processes["coordinator"].wait_ready(_COORDINATOR_TIMEOUT_S).port
+        self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
+
+    def _await_ready(self, service: str, timeout_s: float) -> None:
+        ready = self._processes[service].wait_ready(timeout_s)
+        self._ports[service], self._metrics_ports[service] = ready.port, ready.metrics_port
 
     def _start_service(self, service: str, flags: list[str], threads: int) -> None:
         command = [sys.executable, "-P", "-m", f"services.{service}", *flags]
@@ -213,6 +221,7 @@ def draft_flags(
 def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str, draft: str) -> list[str]:
     flags = ["--host", _HOST, "--port", str(spec.coordinator_port), "--redis-url", redis]
     flags += ["--targets", target, "--drafts", draft, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    flags += ["--metrics-port", "0"]
     if spec.num_draft_tokens is not None:
         flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
     return flags
@@ -220,6 +229,7 @@ def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str
 
 def _worker_flags(spec: ClusterSpec, port: int, model: PreparedModel | None, threads: int) -> list[str]:
     flags = ["--host", _HOST, "--port", str(port), "--dtype", spec.dtype, "--device", spec.device]
+    flags += ["--metrics-port", "0"]
     flags += ["--threads", str(threads), "--max-sequences", str(spec.max_sequences), "--drain-s", _DRAIN_S]
     return [*flags, "--model", model.directory, "--model-name", model.name] if model else flags
 

@@ -20,6 +20,7 @@ from services.cli.inspect import models, sessions
 from services.cli.keys import keys
 from services.cli.plan.command import plan
 from services.cli.serve import serve
+from services.cli.top.command import top
 from services.cli.train_draft import train_draft
 from services.cli.up import up
 from services.common.errors import ConfigError, OutriderError
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, keys):
+for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, top, keys):
     cli.add_command(_command)
 
 

@@ -30,6 +30,7 @@ class Ready:
 
     service: str
     port: int
+    metrics_port: int = 0
 
 
 def tethered(command: Sequence[str]) -> list[str]:
@@ -140,5 +141,6 @@ def ready_line(output: str) -> Ready | None:
         except ValueError:
             continue
         if isinstance(event, dict) and event.get("event") == "ready":
-            return Ready(str(event.get("service", "")), int(event.get("port", 0)))
+            port, metrics_port = int(event.get("port", 0)), int(event.get("metrics_port", 0))
+            return Ready(str(event.get("service", "")), port, metrics_port)
     return None

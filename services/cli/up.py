@@ -56,18 +56,19 @@ def up(
     with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
         stages.stop()
         addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
+        metrics = {service: cluster.metrics_url_of(service) for service in addresses}
         if as_json:
-            click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses}))
+            click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses, "metrics": metrics}))
         else:
-            _print_welcome(addresses)
+            _print_welcome(addresses, metrics)
         while (ended := cluster.ended()) is None:
             time.sleep(_WATCH_S)
         raise CommandFailed(f"the {ended.name} ended by itself; everything is stopped", detail=ended.last_lines())
 
 
-def _print_welcome(addresses: dict[str, str]) -> None:
+def _print_welcome(addresses: dict[str, str], metrics: dict[str, str]) -> None:
     console = results()
     for service, address in addresses.items():
-        console.print(f"[bold]{service:<12}[/bold] {address}")
+        console.print(f"[bold]{service:<12}[/bold] {address}   [dim]{metrics[service]}[/dim]")
     flag = "" if addresses["coordinator"].endswith(":50051") else f" --address {addresses['coordinator']}"
-    console.print(f'\nTry:  outrider generate{flag} "Why is the sky blue?"\nStop: Ctrl-C')
+    console.print(f'\nTry:  outrider generate{flag} "Why is the sky blue?"\n      outrider top{flag}\nStop: Ctrl-C')

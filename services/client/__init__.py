@@ -3,6 +3,7 @@
 from services.client.access import Access
 from services.client.client import OutriderClient
 from services.client.generation import Generation
+from services.client.status import ClusterStatus, CoordinatorActivity, WorkerStatus
 from services.client.values import (
     Chat,
     ChatMessage,
@@ -25,6 +26,8 @@ __all__ = [
     "Chat",
     "ChatMessage",
     "Chunk",
+    "ClusterStatus",
+    "CoordinatorActivity",
     "DraftPool",
     "GenerateOptions",
     "Generation",
@@ -38,4 +41,5 @@ __all__ = [
     "Statistics",
     "Token",
     "TokenIds",
+    "WorkerStatus",
 ]

@@ -21,6 +21,7 @@ from outrider.v1 import coordinator_pb2
 from services.client.access import Access
 from services.client.connections import Connections
 from services.client.generation import Generation
+from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
 from services.client.wire import model_from_proto, request_to_proto, session_from_proto
 from services.common.errors import OutriderError, Unavailable
@@ -95,6 +96,11 @@ class OutriderClient:
         request = coordinator_pb2.ListModelsRequest()
         response = await self._call(lambda stub, **how: stub.ListModels(request, **how))
         return tuple(model_from_proto(model) for model in response.models)
+
+    async def get_cluster_status(self) -> ClusterStatus:
+        """How the coordinator and its workers are doing."""
+        request = coordinator_pb2.GetClusterStatusRequest()
+        return status_from_proto(await self._call(lambda stub, **how: stub.GetClusterStatus(request, **how)))
 
     async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]]) -> T:
         """Tries each address once; only unreachable coordinators are passed over."""

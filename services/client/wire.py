@@ -151,17 +151,18 @@ def model_from_proto(message: coordinator_pb2.ServedModel) -> ServedModel:
         vocab_size=message.vocab_size,
         max_sequence_len=message.max_sequence_len,
         ready=message.ready,
-        drafts=tuple(
-            DraftPool(
-                name=draft.name,
-                weight=draft.weight,
-                drafter=draft.drafter,
-                draft_model=draft.draft_model,
-                ready=draft.ready,
-                num_drafts=draft.num_drafts,
-                num_draft_tokens=draft.num_draft_tokens,
-                num_accepted_tokens=draft.num_accepted_tokens,
-            )
-            for draft in message.drafts
-        ),
+        drafts=tuple(pool_from_proto(draft) for draft in message.drafts),
+    )
+
+
+def pool_from_proto(message: coordinator_pb2.DraftPool) -> DraftPool:
+    return DraftPool(
+        name=message.name,
+        weight=message.weight,
+        drafter=message.drafter,
+        draft_model=message.draft_model,
+        ready=message.ready,
+        num_drafts=message.num_drafts,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )

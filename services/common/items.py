@@ -47,6 +47,8 @@ class Open:
     fork: int = 0
     cache_salt: bytes = b""
     """Cached prefixes are shared only between sequences of the same salt."""
+    traceparent: str = ""
+    """The generation's trace (services.common.tracing); empty: it is not traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Propose:
     committed_tokens: tuple[int, ...]
     num_draft_tokens: int
     proposal_id: int
+    parent_span_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Verify:
 
     identity: Identity
     proposal: Proposal
+    parent_span_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Decode:
 
     identity: Identity
     num_free_tokens: int
+    parent_span_id: int = 0
 
 
 DraftItem = Open | Propose | Close

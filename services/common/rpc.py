@@ -6,6 +6,7 @@ Must not know: what any service does.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,8 +33,10 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.probe import ProbeServer
+from services.common.tally import CallTally
 
 log = logging.getLogger(__name__)
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 M = TypeVar("M", bound=Message)
 
 MAX_WORKER_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -141,25 +144,31 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderErro
 # --- Servicers ------------------------------------------------------------------------------------------------------
 
 
-def add_service(server: grpc.aio.Server, descriptor: ServiceDescriptor, servicer: object) -> None:
+def add_service(
+    server: grpc.aio.Server, descriptor: ServiceDescriptor, servicer: object, calls: CallTally | None = None
+) -> None:
     """Registers `servicer`, an object with one coroutine or async generator method for each RPC of the service.
 
     Messages are decoded here, so that an undecodable one is INVALID_ARGUMENT/UNDECODABLE. An OutriderError that a
-    method raises becomes its status; any other exception is logged and becomes INTERNAL/DEFECT.
+    method raises becomes its status; any other exception is logged and becomes INTERNAL/DEFECT. `calls` counts the
+    ends.
     """
-    handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
+    calls = calls or CallTally()
+    handlers = {method.name: _handler(method, getattr(servicer, method.name), calls) for method in descriptor.methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
 
 
-def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(
+    method: MethodDescriptor, behaviour: Callable[..., Any], calls: CallTally
+) -> grpc.RpcMethodHandler[Any, Any]:
     decode = _decoder(GetMessageClass(method.input_type))
 
     async def unary(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with _errors_to_status(method.full_name, context):
+        async with _errors_to_status(method, context, calls):
             return await behaviour(decode(request), context)
 
     async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        async with _errors_to_status(method.full_name, context):
+        async with _errors_to_status(method, context, calls):
             incoming = _decoded(request, decode) if method.client_streaming else decode(request)
             async with contextlib.aclosing(behaviour(incoming, context)) as responses:
                 async for response in responses:
@@ -195,16 +204,27 @@ async def _decoded(requests: AsyncIterator[bytes], decode: Callable[[bytes], M])
 
 
 @contextlib.asynccontextmanager
-async def _errors_to_status(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+async def _errors_to_status(
+    method: MethodDescriptor, context: grpc.aio.ServicerContext[Any, Any], calls: CallTally
+) -> AsyncIterator[None]:
+    code, reason = "OK", ""
     try:
         yield
     except OutriderError as error:
+        code, reason = _CODE_NAMES[error.code], error.reason
         await abort(context, error)
     except grpc.aio.AbortError:
+        code = "ABORTED"
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        code = "CANCELLED"
         raise
     except Exception:
-        log.exception("%s failed", method)
+        code, reason = "INTERNAL", "DEFECT"
+        log.exception("%s failed", method.full_name)
         await abort(context, Internal("DEFECT", "internal error; the server's log has the detail"))
+    finally:
+        calls.ended(method.name, code, reason)
 
 
 # --- A server's life ------------------------------------------------------------------------------------------------
@@ -227,9 +247,11 @@ class GrpcServer:
         probe_port: int | None = None,
         reflect: bool = True,
         stop_grace_s: float = 1.0,
+        calls: CallTally | None = None,
     ) -> None:
         """Plaintext without `credentials`. With a `probe_port` health is served there too, in plaintext."""
         limits = limits or ServerLimits()
+        self._calls = calls or CallTally()
         self._server = grpc.aio.server(
             options=server_options(limits),
             interceptors=interceptors,
@@ -252,7 +274,7 @@ class GrpcServer:
 
     def add(self, descriptor: ServiceDescriptor, servicer: object) -> None:
         """Registers a service; call before entering."""
-        add_service(self._server, descriptor, servicer)
+        add_service(self._server, descriptor, servicer, self._calls)
         self._names.append(descriptor.full_name)
 
     async def __aenter__(self) -> GrpcServer:

@@ -15,13 +15,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+from services.common.logs import TEXT_FORMAT, JsonFormatter
+from services.common.telemetry_settings import JSON, TEXT
+
 _CANCEL_AGAIN_S = 0.1
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def setup_logging(level: str) -> None:
+def setup_logging(level: str, log_format: str = TEXT) -> None:
     """Logs go to standard error; standard output carries the ready line only."""
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=LOG_FORMAT, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == JSON else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def announce_ready(service: str, port: int, **more: str | int | float) -> None:

@@ -133,6 +133,37 @@ class WorkerLoad:
     draining: bool = False
 
 
+class DeviceUsage(NamedTuple):
+    """Memory of the device that a worker computes on, whoever uses it; on a CPU what is used is the process's own."""
+
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+    """0: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerActivity:
+    """What a worker has done since its start; who wants a rate compares two of them."""
+
+    num_steps: int = 0
+    num_step_sequences: int = 0
+    """Sequences of all steps together; likewise rows."""
+    num_step_rows: int = 0
+    num_prefill_tokens: int = 0
+    num_tokens: int = 0
+    """Tokens that it answered: drafted by a draft, accepted or its own by a target."""
+    busy_ns: int = 0
+    """Time in steps."""
+    num_answers: int = 0
+    queue_ns: int = 0
+    """Time that the answered items waited for their first step, together."""
+    num_prefix_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    memory_used_bytes: int = 0
+    """Of the device; total 0: unknown."""
+    memory_total_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What a worker tells of itself."""
@@ -149,3 +180,4 @@ class WorkerInfo:
     protocol_version: int = PROTOCOL_VERSION
     noise_version: int = NOISE_VERSION
     startup_ms: float = 0.0
+    activity: WorkerActivity = field(default_factory=WorkerActivity)

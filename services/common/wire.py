@@ -6,6 +6,7 @@ Must not know: gRPC calls, the engine, what an item causes. Malformed fields rai
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -21,6 +22,7 @@ from services.common.values import (
     SparseRow,
     TopLogProbs,
     VerificationMethod,
+    WorkerActivity,
     WorkerInfo,
     WorkerLoad,
 )
@@ -37,6 +39,15 @@ _METHODS_BACK = {number: method for method, number in _METHODS.items()}
 _METHODS_BACK[sampling_pb2.VERIFICATION_METHOD_UNSPECIFIED] = VerificationMethod.COUPLED
 _ROLES = {"draft": worker_pb2.WORKER_ROLE_DRAFT, "target": worker_pb2.WORKER_ROLE_TARGET}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
+
+
+def role_to_proto(role: str) -> worker_pb2.WorkerRole.ValueType:
+    return _ROLES[role]
+
+
+def role_from_proto(number: int) -> str:
+    """Empty for a role that this version does not know."""
+    return str(_ROLES_BACK.get(number, ""))  # type: ignore[call-overload]
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -190,6 +201,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         max_sequence_len=info.max_sequence_len,
         load=load_to_proto(info.load),
         startup_ms=info.startup_ms,
+        activity=worker_pb2.WorkerActivity(**dataclasses.asdict(info.activity)),
     )
     if model := info.model:
         response.model.CopyFrom(
@@ -221,7 +233,12 @@ def info_from_proto(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         protocol_version=message.protocol_version,
         noise_version=message.noise_version,
         startup_ms=message.startup_ms,
+        activity=activity_from_proto(message.activity),
     )
+
+
+def activity_from_proto(message: worker_pb2.WorkerActivity) -> WorkerActivity:
+    return WorkerActivity(**{field.name: getattr(message, field.name) for field in dataclasses.fields(WorkerActivity)})
 
 
 def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
@@ -244,6 +261,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
             cache_salt=item.cache_salt,
+            traceparent=item.traceparent,
         )
     )
     return pieces
@@ -306,6 +324,7 @@ class OpenAssembler:
             num_top_log_probs=message.num_top_log_probs,
             fork=message.fork,
             cache_salt=message.cache_salt,
+            traceparent=message.traceparent,
         )
 
 

@@ -41,6 +41,7 @@ def encode_items(items: Iterable[DraftItem]) -> draft_pb2.DraftStreamRequest:
                         committed_tokens=wire.pack_tokens(item.committed_tokens),
                         num_draft_tokens=item.num_draft_tokens,
                         proposal_id=item.proposal_id,
+                        parent_span_id=item.parent_span_id,
                     )
                 )
             case Close():
@@ -64,7 +65,8 @@ def decode_items(
         identity = wire.identity_from_proto(propose.identity)
         try:
             committed = wire.unpack_tokens(propose.committed_tokens, "committed_tokens")
-            items.append(Propose(identity, committed, propose.num_draft_tokens, propose.proposal_id))
+            num_draft_tokens, proposal_id = propose.num_draft_tokens, propose.proposal_id
+            items.append(Propose(identity, committed, num_draft_tokens, proposal_id, propose.parent_span_id))
         except OutriderError as error:
             refused.append(Refused(identity, error))
     items.extend(wire.close_from_proto(close) for close in request.closes)

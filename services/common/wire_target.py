@@ -25,13 +25,17 @@ def encode_items(items: Iterable[TargetItem]) -> target_pb2.TargetStreamRequest:
             case Verify():
                 request.verifies.append(
                     target_pb2.VerifyItem(
-                        identity=wire.identity_to_proto(item.identity), proposal=proposal_to_proto(item.proposal)
+                        identity=wire.identity_to_proto(item.identity),
+                        proposal=proposal_to_proto(item.proposal),
+                        parent_span_id=item.parent_span_id,
                     )
                 )
             case Decode():
                 request.decodes.append(
                     target_pb2.DecodeItem(
-                        identity=wire.identity_to_proto(item.identity), num_free_tokens=item.num_free_tokens
+                        identity=wire.identity_to_proto(item.identity),
+                        num_free_tokens=item.num_free_tokens,
+                        parent_span_id=item.parent_span_id,
                     )
                 )
             case Close():
@@ -54,11 +58,12 @@ def decode_items(
     for verify in request.verifies:
         identity = wire.identity_from_proto(verify.identity)
         try:
-            items.append(Verify(identity, proposal_from_proto(verify.proposal)))
+            items.append(Verify(identity, proposal_from_proto(verify.proposal), verify.parent_span_id))
         except OutriderError as error:
             refused.append(Refused(identity, error))
     for decode in request.decodes:
-        items.append(Decode(wire.identity_from_proto(decode.identity), decode.num_free_tokens))
+        identity = wire.identity_from_proto(decode.identity)
+        items.append(Decode(identity, decode.num_free_tokens, decode.parent_span_id))
     items.extend(wire.close_from_proto(close) for close in request.closes)
     return items, refused
 

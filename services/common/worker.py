@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,9 +18,13 @@ from outrider.v1 import worker_pb2
 
 from services.common import wire
 from services.common.errors import OutriderError, ResourceExhausted, Unavailable
+from services.common.item_spans import ItemSpans
 from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
-from services.common.values import WorkerInfo, WorkerLoad
+from services.common.logs import work_fields
+from services.common.tracing import NO_TRACER, Tracer
+from services.common.values import WorkerActivity, WorkerInfo, WorkerLoad
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -56,12 +61,14 @@ class Worker:
 
     engine: Engine
     info: WorkerInfo
+    activity: Callable[[], WorkerActivity] = WorkerActivity
 
 
 class WorkerState:
     """A worker from its start on: first loading, then ready."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer = NO_TRACER) -> None:
+        self.tracer = tracer
         self._worker: Worker | None = None
 
     def set_ready(self, worker: Worker) -> None:
@@ -84,7 +91,8 @@ class WorkerServicer:
         self, request: worker_pb2.GetWorkerInfoRequest, context: object
     ) -> worker_pb2.GetWorkerInfoResponse:
         worker = self._state.get()
-        return wire.info_to_proto(dataclasses.replace(worker.info, load=worker.engine.load))
+        described = dataclasses.replace(worker.info, load=worker.engine.load, activity=worker.activity())
+        return wire.info_to_proto(described)
 
 
 class ItemStream(Generic[Request, Response, Item]):
@@ -114,11 +122,14 @@ class ItemStream(Generic[Request, Response, Item]):
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                 loop.call_soon_threadsafe(outbox.put, results, time.monotonic_ns())
 
+        spans = ItemSpans(self._state.tracer)
         connection = worker.engine.connect(deliver)
         opens = wire.OpenAssembler(info.max_sequence_len, info.max_sequences)
-        reader = asyncio.create_task(self._read(requests, connection, opens, outbox))
+        reader = asyncio.create_task(self._read(requests, connection, opens, outbox, spans))
         try:
             while (results := await outbox.take()) is not None:
+                spans.left(results)
+                _log_refusals(results, spans)
                 yield self._encode(results, worker.engine.load)
         finally:
             connection.close()
@@ -132,11 +143,13 @@ class ItemStream(Generic[Request, Response, Item]):
         connection: Connection,
         opens: wire.OpenAssembler,
         outbox: _Outbox,
+        spans: ItemSpans,
     ) -> None:
         try:
             async for request in requests:
                 arrived_ns = time.monotonic_ns()
                 items, refused = self._decode(request, opens)
+                spans.arrived(items)
                 try:
                     connection.submit(items, arrived_ns)
                 except ResourceExhausted as error:
@@ -146,6 +159,16 @@ class ItemStream(Generic[Request, Response, Item]):
             outbox.end(None)
         except OutriderError as error:
             outbox.end(error)
+
+
+def _log_refusals(results: list[Any], spans: ItemSpans) -> None:
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    for result in results:
+        if isinstance(result, Refused):
+            identity = result.identity
+            fields = work_fields(identity.session_id, identity.round, spans.trace_id(identity))
+            log.debug("session %s: an item was refused: %s", identity.session_id, result.error.reason, extra=fields)
 
 
 class _Outbox:

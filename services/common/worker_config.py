@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from services.common.config import setting
 from services.common.errors import ConfigError
 from services.common.security_config import SecurityConfig
+from services.common.telemetry_settings import (
+    LOG_FORMAT_HELP,
+    LOG_FORMATS,
+    METRICS_HELP,
+    METRICS_OFF,
+    METRICS_PORT,
+    TEXT,
+    TRACE_ENDPOINT_HELP,
+)
 from services.common.values import MAX_DRAFT_TOKENS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +57,9 @@ class WorkerConfig(SecurityConfig):
     drain_s: float = setting(30.0, "Seconds that open sequences get after SIGTERM.")
     reflection: bool = setting(True, "Serve gRPC reflection.")
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting(TEXT, LOG_FORMAT_HELP, choices=LOG_FORMATS)
+    metrics_port: int = setting(METRICS_PORT, METRICS_HELP)
+    trace_endpoint: str = setting("", TRACE_ENDPOINT_HELP)
 
     def __post_init__(self) -> None:
         self.check_security()
@@ -55,6 +67,7 @@ class WorkerConfig(SecurityConfig):
             raise ConfigError("tls_coordinator_names: it is empty, so nobody could call this worker")
         limits = {
             "port": (0, 65_535),
+            "metrics_port": (METRICS_OFF, 65_535),
             "tensor_parallel_size": (1, 64),
             "threads": (0, 1024),
             "cuda_graph_rows": (0, 4096),

@@ -46,7 +46,7 @@ def worker_command(kind: type[C], name: str, help: str, serve: Callable[[C], Non
         try:
             reject_unknown(kind, known=SHARED_VARIABLES)
             config = load(kind, given)
-            setup_logging(config.log_level)
+            setup_logging(config.log_level, config.log_format)
             set_threads(config.num_threads)
             serve(config)
         except ConfigError as error:

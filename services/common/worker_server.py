@@ -16,15 +16,22 @@ from typing import NamedTuple, Protocol
 
 from google.protobuf.descriptor import ServiceDescriptor
 from outrider.v1 import worker_pb2
+from prometheus_client import CollectorRegistry
 
 from services.common.failure import Failure
+from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.peer_names import PeerNames
 from services.common.rpc import GrpcServer, ServerLimits
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
+from services.common.tally import CallTally, Watched
+from services.common.telemetry_settings import METRICS_OFF
 from services.common.tls import server_credentials
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
 from services.common.worker_config import WorkerConfig
+from services.common.worker_metrics import WorkerCollector
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ class BuiltWorker(NamedTuple):
 
     engine: StartableEngine
     info: WorkerInfo
+    watched: Watched
     close: Callable[[], None] = nothing_to_close
     """Ends what the engine stands on; called once, after the engine has stopped."""
 
@@ -61,6 +69,7 @@ class BuiltWorker(NamedTuple):
 class Recipe(NamedTuple):
     """What tells one kind of worker from the other."""
 
+    role: str
     service: ServiceDescriptor
     servicer: Callable[[WorkerState], object]
     build: Callable[[], BuiltWorker]
@@ -75,6 +84,8 @@ class RunningWorker:
     worker: Worker
     server: GrpcServer
     engine: StartableEngine
+    registry: CollectorRegistry
+    metrics_port: int
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new sequences; returns whether those that are open ended within `timeout_s`."""
@@ -89,29 +100,35 @@ def new_instance_id() -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_worker(config: WorkerConfig, recipe: Recipe) -> AsyncIterator[RunningWorker]:
+async def running_worker(
+    config: WorkerConfig, recipe: Recipe, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AsyncIterator[RunningWorker]:
     """Serves from enter to exit. Until the engine is built, calls are answered UNAVAILABLE/STARTING."""
     started = time.monotonic()
-    state = WorkerState()
-    server = _server(config)
+    state, calls, collector = WorkerState(tracer), CallTally(), WorkerCollector(recipe.role)
+    registry = new_registry(calls, {"role": recipe.role})
+    registry.register(collector)
+    server = _server(config, calls)
     server.add(_WORKER_SERVICE, WorkerServicer(state))
     server.add(recipe.service, recipe.servicer(state))
-    async with server:
-        engine, info, close = await asyncio.to_thread(recipe.build)
-        engine.start()
-        try:
-            startup_ms = 1e3 * (time.monotonic() - started)
-            worker = Worker(engine, dataclasses.replace(info, startup_ms=startup_ms))
-            state.set_ready(worker)
-            await server.set_ready(True)
-            yield RunningWorker(server.port, worker, server, engine)
-        finally:
-            await server.set_ready(False)
-            await asyncio.to_thread(engine.stop)
-            await asyncio.to_thread(close)
+    with metrics_endpoint(config.host, metrics_port, registry) as bound_metrics_port:
+        async with server:
+            engine, info, watched, close = await asyncio.to_thread(recipe.build)
+            engine.start()
+            try:
+                startup_ms = 1e3 * (time.monotonic() - started)
+                worker = Worker(engine, dataclasses.replace(info, startup_ms=startup_ms), watched.activity)
+                collector.set_ready(info, watched, lambda: engine.load)
+                state.set_ready(worker)
+                await server.set_ready(True)
+                yield RunningWorker(server.port, worker, server, engine, registry, bound_metrics_port)
+            finally:
+                await server.set_ready(False)
+                await asyncio.to_thread(engine.stop)
+                await asyncio.to_thread(close)
 
 
-def _server(config: WorkerConfig) -> GrpcServer:
+def _server(config: WorkerConfig, calls: CallTally) -> GrpcServer:
     """With TLS, coordinators alone may call it. Raises ConfigError for bad TLS files."""
     tls = config.load_tls()
     return GrpcServer(
@@ -122,6 +139,7 @@ def _server(config: WorkerConfig) -> GrpcServer:
         interceptors=[PeerNames(config.coordinator_names)] if tls else [],
         probe_port=config.probe_port_number,
         reflect=config.reflection,
+        calls=calls,
     )
 
 
@@ -131,11 +149,13 @@ async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:
     Raises WorkerFailed once the engine cannot go on.
     """
     async with contextlib.AsyncExitStack() as stack:
+        tracer = stack.enter_context(open_tracer(config.trace_endpoint, 0.0, recipe.role))
         with exit_on_signals():
-            running = await stack.enter_async_context(running_worker(config, recipe))
+            worker = running_worker(config, recipe, config.metrics_port, tracer)
+            running = await stack.enter_async_context(worker)
         with stop_signals() as stop:
             info = running.worker.info
-            announce_ready(info.role, running.port, instance_id=info.instance_id)
+            announce_ready(info.role, running.port, instance_id=info.instance_id, metrics_port=running.metrics_port)
             log.info("%s %s serves on port %d", info.role, info.instance_id, running.port)
             await _stopped(stop, running.engine.failure)
             if not await running.drain(config.drain_s):

@@ -25,7 +25,7 @@ def main(**given: Any) -> None:
     try:
         reject_unknown(CoordinatorConfig, known=SHARED_VARIABLES)
         config = load(CoordinatorConfig, given)
-        setup_logging(config.log_level)
+        setup_logging(config.log_level, config.log_format)
         uvloop.run(serve(config))
     except ConfigError as error:
         click.echo(f"coordinator: {error}", err=True)

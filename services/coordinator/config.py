@@ -13,6 +13,17 @@ from services.common.addresses import is_local, is_protected_url
 from services.common.config import setting
 from services.common.errors import ConfigError
 from services.common.security_config import SecurityConfig
+from services.common.telemetry_settings import (
+    LOG_FORMAT_HELP,
+    LOG_FORMATS,
+    METRICS_HELP,
+    METRICS_OFF,
+    METRICS_PORT,
+    TEXT,
+    TRACE_ENDPOINT_HELP,
+    TRACE_SAMPLE,
+    TRACE_SAMPLE_HELP,
+)
 from services.common.tls_files import TlsFiles
 from services.common.values import MAX_DRAFT_TOKENS
 
@@ -69,12 +80,18 @@ class CoordinatorConfig(SecurityConfig):
     drain_s: float = setting(30.0, "Seconds that running generations get after SIGTERM.")
     reflection: bool = setting(True, "Serve gRPC reflection.")
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting(TEXT, LOG_FORMAT_HELP, choices=LOG_FORMATS)
+    metrics_port: int = setting(METRICS_PORT, METRICS_HELP)
+    trace_endpoint: str = setting("", TRACE_ENDPOINT_HELP)
+    trace_sample: float = setting(TRACE_SAMPLE, TRACE_SAMPLE_HELP)
 
     def __post_init__(self) -> None:
         self.check_security()
         self._check_peers()
         limits: dict[str, tuple[float, float]] = {
             "port": (0, 65_535),
+            "metrics_port": (METRICS_OFF, 65_535),
+            "trace_sample": (0, 1),
             "max_draft_tokens": (0, MAX_DRAFT_TOKENS),
             "max_prompt_bytes": (1, 15_000_000),
             "max_generations": (1, 65_536),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
 from services.common.session_store import SessionRecord, SessionStore, unknown_session
+from services.common.tracing import NO_TRACER, Span, Tracer
 from services.coordinator.committer import Committer, Journal
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -26,6 +27,7 @@ from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.tally import CoordinatorTally, Kind
 from services.coordinator.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,12 @@ class Coordinator:
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        tally: CoordinatorTally,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        self._tracer = tracer
         self._config = config
+        self._tally = tally
         self._tokenizer = tokenizer
         self._placement = placement
         self._store = store
@@ -97,14 +103,29 @@ class Coordinator:
         """Generations that run here."""
         return len(self._running)
 
+    @property
+    def num_streaming(self) -> int:
+        """Those of them that have emitted a token. Safe from any thread, as are the next two."""
+        return sum(running.generation.has_emitted for running in list(self._running.values()))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are being opened, and generations without a token."""
+        return len(self._opening) + len(self._running) - self.num_streaming
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new generations; returns whether those that run finished within `timeout_s`."""
         self._draining = True
         return await wait_until(lambda: not (self._running or self._opening), timeout_s)
 
     @contextlib.asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Stream]:
-        """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs.
+    async def generate(self, request: GenerationRequest, traceparent: str = "") -> AsyncIterator[Stream]:
+        """Starts, resumes or repeats a generation; leaving the context ends it, if it still runs. `traceparent` is the
+        caller's span, if it has one.
 
         Raises what services.coordinator.opening and placement raise, and Unavailable DRAINING, ResourceExhausted
         QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH, NotFound UNKNOWN_SESSION for another
@@ -112,14 +133,16 @@ class Coordinator:
         """
         arrived_ns = time.perf_counter_ns()
         self._check_owner(request.session_id, request.owner_key)
-        await self._let_end(request)
-        with self._reserve(request):
-            stream = await self._open(request, arrived_ns)
-        try:
-            yield stream
-        finally:
-            if stream.generation is not None:
-                await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+        ids = {"session_id": request.session_id, "request_id": request.request_id}
+        with self._tracer.start("outrider.generate", traceparent, **ids) as span:
+            await self._let_end(request)
+            with self._reserve(request), span.child("outrider.open"):
+                stream = await self._open(request, arrived_ns, span)
+            try:
+                yield stream
+            finally:
+                if stream.generation is not None:
+                    await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
 
     async def get(self, session_id: str, owner_key: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
@@ -180,7 +203,7 @@ class Coordinator:
         finally:
             del self._opening[session_id]
 
-    async def _open(self, request: GenerationRequest, arrived_ns: int) -> Stream:
+    async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
             self._choose(request)
         if running := self._running.get(request.session_id):
@@ -193,7 +216,7 @@ class Coordinator:
                 return self._finished(request, record)
         placed = self._choose(request)
         opened = await self._opener.open(request, placed, record)
-        return self._run(request, placed, opened, arrived_ns)
+        return self._run(request, placed, opened, arrived_ns, span)
 
     def _choose(self, request: GenerationRequest) -> Placed:
         return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
@@ -210,8 +233,8 @@ class Coordinator:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int) -> Stream:
-        plan, output = opened.plan, self._new_output()
+    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int, span: Span) -> Stream:
+        plan, output = replace(opened.plan, traceparent=span.traceparent), self._new_output()
         tokens = [*opened.prompt, *opened.generated]
         trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
         past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
@@ -231,12 +254,14 @@ class Coordinator:
                 num_replaced_tokens=opened.num_replaced_tokens,
                 draft=placed.pool.name if placed.pool else "",
                 draft_counts=placed.pool.counts if placed.pool else None,
+                tally=self._tally.of(Kind(request.model, placed.pool.name if placed.pool else "")),
             ),
             timeouts=Timeouts(
                 self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
             ),
             length=_draft_length(plan, placed),
             finish=past.finish,
+            span=span,
         )
         running = _Running(request.request_id, request.owner_key, request.digest, generation, output)
         self._running[request.session_id] = running

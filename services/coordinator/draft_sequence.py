@@ -94,7 +94,7 @@ class DraftSequence:
         self._lane.send(self._plan.draft_open(identity, self._tokens, link.info.max_sequence_len))
         self._told_len = len(self._tokens)
 
-    async def propose(self, round_number: int, num_draft_tokens: int) -> Proposed | None:
+    async def propose(self, round_number: int, num_draft_tokens: int, parent_span_id: int = 0) -> Proposed | None:
         """At most `num_draft_tokens` valid tokens behind the committed ones.
 
         None if the draft is late, lost, refuses, sends what is no such proposal, or is too short for the sequence.
@@ -105,7 +105,7 @@ class DraftSequence:
             return None
         num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
         self._round = round_number
-        self._tell(num_draft_tokens)
+        self._tell(num_draft_tokens, parent_span_id)
         try:
             while True:
                 result = await lane.receive(self._timeout_s)
@@ -133,14 +133,14 @@ class DraftSequence:
         self._link = None
         self._drop()
 
-    def _tell(self, num_draft_tokens: int) -> None:
+    def _tell(self, num_draft_tokens: int, parent_span_id: int = 0) -> None:
         if self._lane is None:
             return
         self._num_proposals += 1
         base_len = len(self._tokens)
         committed = tuple(self._tokens[self._told_len :])
         identity = self._plan.identity(self._attempt, self._round, base_len)
-        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals))
+        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals, parent_span_id))
         self._told_len = base_len
 
     def _on_result(self, result: DraftResult) -> bool:
@@ -176,7 +176,12 @@ class DraftSequence:
             self.close()
 
     def _lose(self, error: OutriderError) -> None:
-        log.info("session %s decodes without a draft for now: %s", self._plan.session_id, error)
+        log.info(
+            "session %s decodes without a draft for now: %s",
+            self._plan.session_id,
+            error,
+            extra=self._plan.log_fields(self._round),
+        )
         self._drop()
         self._try_later()
 

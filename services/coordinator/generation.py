@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from services.common.errors import Internal, OutriderError
 from services.common.items import Tokens
 from services.common.session_store import KvHandle
+from services.common.tracing import NO_SPAN, Span
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.committer import Journal
 from services.coordinator.draft_length import DraftLength
@@ -66,6 +67,7 @@ class Generation:
         timeouts: Timeouts,
         length: DraftLength,
         finish: FinishReason | None = None,
+        span: Span = NO_SPAN,
         clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self._plan = plan
@@ -74,6 +76,7 @@ class Generation:
         self._journal = journal
         self._output = output
         self._statistics = statistics
+        self._span = span
         self._target = TargetSequence(
             links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
@@ -89,7 +92,13 @@ class Generation:
         self._task: asyncio.Task[None] | None = None
         journal.on_failure = self._abandon
 
+    @property
+    def has_emitted(self) -> bool:
+        """Whether a token has gone out."""
+        return self._statistics.has_emitted
+
     def start(self) -> asyncio.Task[None]:
+        self._statistics.started(self._plan.prompt_len)
         self._task = asyncio.create_task(self._run())
         return self._task
 
@@ -117,13 +126,14 @@ class Generation:
             else:
                 await self._loop()
             await self._journal.drain()
-            self._output.end(self._finish or FinishReason.CLOSED, self._snapshot())
+            self._end(self._finish or FinishReason.CLOSED)
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
-            self._output.fail(error)
+            self._fail(error)
         except Exception:
-            log.exception("session %s: the generation failed", self._plan.session_id)
+            fields = self._plan.log_fields(self._target.round)
+            log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
             self._target.close()
@@ -135,9 +145,25 @@ class Generation:
 
     def _end_stopped(self) -> None:
         if self._stop_error is not None:
-            self._output.fail(self._stop_error)
+            self._fail(self._stop_error)
         else:
-            self._output.end(FinishReason.CLOSED, self._snapshot())
+            self._end(FinishReason.CLOSED)
+
+    def _end(self, finish: FinishReason) -> None:
+        self._statistics.finished(finish)
+        statistics = self._snapshot()
+        self._span.set(finish_reason=finish.value, num_tokens=statistics.num_generated_tokens)
+        self._log_end(finish.value)
+        self._output.end(finish, statistics)
+
+    def _fail(self, error: OutriderError) -> None:
+        self._log_end(error.reason)
+        self._output.fail(error)
+
+    def _log_end(self, why: str) -> None:
+        """Reasons only: an error's message may quote what was asked."""
+        fields, num_tokens = self._plan.log_fields(self._target.round), len(self._tokens) - self._plan.prompt_len
+        log.info("session %s ended behind %d tokens: %s", self._plan.session_id, num_tokens, why, extra=fields)
 
     async def _loop(self) -> None:
         self._draft.open()
@@ -163,11 +189,14 @@ class Generation:
             await self._decode()
 
     async def _round(self, num_draft_tokens: int) -> None:
-        proposed = await self._draft.propose(self._target.round + 1, num_draft_tokens)
-        if proposed is None:
-            return
-        verified = await self._target.verify(proposed.proposal)
-        kept, wall_ns = self._trim(verified), self._lap_ns()
+        number = self._target.round + 1
+        with self._span.child("outrider.round", round=number, num_draft_tokens=num_draft_tokens) as span:
+            proposed = await self._draft.propose(number, num_draft_tokens, span.id)
+            if proposed is None:
+                return
+            verified = await self._target.verify(proposed.proposal, span.id)
+            kept, wall_ns = self._trim(verified), self._lap_ns()
+            span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
         await self._commit_and_emit(kept)
@@ -176,7 +205,13 @@ class Generation:
         """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
         waits_for_draft = self._draft.wanted and self._target.round < 0 and self._length.choose(self._num_remaining - 1)
         self._lap_ns()
-        self._target.begin_decode(1 if waits_for_draft else self._num_remaining)
+        num_free_tokens = 1 if waits_for_draft else self._num_remaining
+        with self._span.child("outrider.decode", round=self._target.round + 1) as span:
+            await self._decoded(num_free_tokens, span.id)
+        self._lap_ns()
+
+    async def _decoded(self, num_free_tokens: int, parent_span_id: int) -> None:
+        self._target.begin_decode(num_free_tokens, parent_span_id)
         done = False
         while not done and self._finish is None:
             decoded = await self._target.next_decoded()
@@ -189,7 +224,6 @@ class Generation:
                 self._draft.note_commits(self._target.round)
             if self._output.full or self._num_draft_tokens:
                 self._target.interrupt()
-        self._lap_ns()
 
     @property
     def _num_draft_tokens(self) -> int:
@@ -219,7 +253,7 @@ class Generation:
         await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
-        self._statistics.first_token()
+        self._statistics.emitted(len(kept.token_ids))
         self._output.put(kept, self._journal.durable_len - self._plan.prompt_len)
 
     async def _pause_for_slow_client(self) -> None:

@@ -10,12 +10,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.values import ModelInfo, WorkerInfo
 from services.coordinator.draft_length import LengthPolicy
 from services.coordinator.draft_sequence import DraftLink
 from services.coordinator.generation import Links
+from services.coordinator.link import Link
 from services.coordinator.statistics import DraftCounts
 from services.coordinator.target_sequence import TargetLink
 
@@ -56,6 +58,22 @@ class Placed:
     pool: DraftPool | None
 
 
+class WorkerView(NamedTuple):
+    """A worker as this coordinator sees it. `pool` is empty for a target."""
+
+    role: str
+    pool: str
+    link: Link[Any, Any]
+
+    @property
+    def address(self) -> str:
+        return self.link.address
+
+    @property
+    def up(self) -> bool:
+        return self.link.up
+
+
 class Placement:
     """One target and its draft pools. `vocab_digest` is that of the coordinator's tokenizer."""
 
@@ -73,6 +91,19 @@ class Placement:
         await self._target.aclose()
         for pool in self._drafts:
             await pool.link.aclose()
+
+    @property
+    def workers(self) -> tuple[WorkerView, ...]:
+        """All that are known, connected or not. Safe from any thread."""
+        drafts = [WorkerView("draft", pool.name, pool.link) for pool in self._drafts]
+        return (WorkerView("target", "", self._target), *drafts)
+
+    @property
+    def ready_drafts(self) -> dict[str, bool]:
+        """Each pool by name, and whether it is connected and fits the target, as far as that is known."""
+        info = self._target.info
+        model = info.model if info else None
+        return {pool.name: pool.fits(model) if model else pool.link.up for pool in self._drafts}
 
     @property
     def draft_names(self) -> tuple[str, ...]:

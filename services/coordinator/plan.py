@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.common.items import Identity, Open
+from services.common.logs import work_fields
 from services.common.session_store import ANONYMOUS
+from services.common.tracing import trace_id_of
 from services.common.values import SamplingParams, VerificationMethod, derive_draft_seed
 
 
@@ -34,9 +36,15 @@ class GenerationPlan:
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
     cache_salt: bytes = b""
+    traceparent: str = ""
+    """The generation's trace; empty: it is not traced."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
+
+    def log_fields(self, round_number: int) -> dict[str, object]:
+        """For `extra` of a log record."""
+        return work_fields(self.session_id, round_number, trace_id_of(self.traceparent))
 
     def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
         return self._open(identity, tokens, self.sampling, self.max_len)
@@ -61,6 +69,7 @@ class GenerationPlan:
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
             cache_salt=self.cache_salt,
+            traceparent=self.traceparent,
         )
 
 

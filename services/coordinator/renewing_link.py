@@ -83,6 +83,9 @@ class RenewingLink(Generic[ItemT, ResultT]):
     async def wait_up(self, timeout_s: float) -> bool:
         return await self._link.wait_up(timeout_s)
 
+    async def describe(self, timeout_s: float) -> WorkerInfo:
+        return await self._link.describe(timeout_s)
+
     def open_lane(self, identity: Identity) -> Lane[ItemT, ResultT]:
         return self._link.open_lane(identity)
 

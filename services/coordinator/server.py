@@ -15,24 +15,33 @@ from pathlib import Path
 
 import tenacity
 from outrider.v1 import coordinator_pb2
+from prometheus_client import CollectorRegistry
 
 from services.common.addresses import is_loopback
 from services.common.api_keys import KeyFile
 from services.common.channels import Channels
 from services.common.errors import Unavailable
+from services.common.metrics import metrics_endpoint, new_registry
+from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
+from services.common.tally import CallTally
+from services.common.telemetry_settings import METRICS_OFF
 from services.common.tls import server_credentials
+from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.authentication import ApiKeys, Authenticator
 from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_length import LengthPolicy
+from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
 from services.coordinator.placement import DraftPool, Placement
 from services.coordinator.quotas import Quotas
 from services.coordinator.renewing_link import RenewingLink
 from services.coordinator.servicer import CoordinatorServicer
+from services.coordinator.status import StatusReader
+from services.coordinator.tally import CoordinatorTally
 from services.coordinator.tokenizer import load_tokenizer
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC
 
@@ -54,6 +63,8 @@ class RunningCoordinator:
     server: GrpcServer
     coordinator: Coordinator
     placement: Placement
+    registry: CollectorRegistry
+    metrics_port: int
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """Whether the target was connected within `timeout_s`; then health says SERVING."""
@@ -64,7 +75,9 @@ class RunningCoordinator:
 
 
 @contextlib.asynccontextmanager
-async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[RunningCoordinator]:
+async def running_coordinator(
+    config: CoordinatorConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AsyncIterator[RunningCoordinator]:
     """A coordinator inside this process, from enter to exit; ready after `wait_ready`.
 
     Raises ConfigError for a tokenizer or a Redis that cannot serve, Unavailable where no Redis answers, OSError where
@@ -93,23 +106,40 @@ async def running_coordinator(config: CoordinatorConfig) -> AsyncIterator[Runnin
         ]
         placement = Placement(target, drafts, tokenizer.vocab_digest)
         committer = Committer(store, retry_s=config.store_retry_s)
-        coordinator = Coordinator(config, tokenizer=tokenizer, placement=placement, store=store, committer=committer)
+        tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
+        coordinator = Coordinator(
+            config,
+            tokenizer=tokenizer,
+            placement=placement,
+            store=store,
+            committer=committer,
+            tally=tally,
+            tracer=tracer,
+        )
+        registry = new_registry(calls, {"role": "coordinator"})
+        registry.register(CoordinatorCollector(tally, coordinator, placement))
+        bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
         authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
         quotas = Quotas()
-        server = _server(config, authenticator, quotas)
-        service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
+        server = _server(config, authenticator, quotas, calls)
         servicer = CoordinatorServicer(
-            config, coordinator, placement, tokenizer, authenticator=authenticator, quotas=quotas
+            config,
+            coordinator,
+            placement,
+            tokenizer,
+            StatusReader(store.owner_id, tally, calls, lambda: placement.workers),
+            authenticator=authenticator,
+            quotas=quotas,
         )
-        server.add(service, servicer)
+        server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
-        yield RunningCoordinator(server.port, server, coordinator, placement)
+        yield RunningCoordinator(server.port, server, coordinator, placement, registry, bound_metrics_port)
         await server.set_ready(False)
 
 
-def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quotas) -> GrpcServer:
+def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quotas, calls: CallTally) -> GrpcServer:
     tls = config.load_public_tls()
     if not (authenticator.required or config.tls_client_ca or is_loopback(config.host)):
         log.warning("whoever reaches %s may use this service: there is no api_keys_file, no tls_client_ca", config.host)
@@ -127,6 +157,7 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
         interceptors=[ApiKeys(authenticator, quotas)] if authenticator.required else [],
         probe_port=config.probe_port_number,
         reflect=config.reflection,
+        calls=calls,
     )
 
 
@@ -143,13 +174,13 @@ async def _check_store(store: SessionStore) -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    with stop_signals() as stop:
-        async with running_coordinator(config) as running:
+    with stop_signals() as stop, open_tracer(config.trace_endpoint, config.trace_sample, "coordinator") as tracer:
+        async with running_coordinator(config, config.metrics_port, tracer) as running:
             stopped = asyncio.create_task(stop.wait())
             while not stop.is_set() and not await running.wait_ready(0.5):
                 pass
             if not stop.is_set():
-                announce_ready("coordinator", running.port)
+                announce_ready("coordinator", running.port, metrics_port=running.metrics_port)
                 log.info("serving on port %d", running.port)
             await stopped
             await running.server.set_ready(False)

@@ -5,14 +5,15 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common import wire
 from services.common.api_keys import KeyOwner
 from services.common.values import FinishReason, ModelInfo, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
@@ -23,6 +24,7 @@ from services.coordinator.output import Chunk, Started
 from services.coordinator.placement import DraftPool, Placement, Served
 from services.coordinator.quotas import Quotas
 from services.coordinator.statistics import GenerationStatistics
+from services.coordinator.status import StatusReader, WorkerStatus
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import Trimmed
 
@@ -50,11 +52,13 @@ class CoordinatorServicer:
         coordinator: Coordinator,
         placement: Placement,
         tokenizer: Tokenizer,
+        status: StatusReader,
         *,
         authenticator: Authenticator,
         quotas: Quotas,
     ) -> None:
         self._config = config
+        self._status = status
         self._authenticator = authenticator
         self._quotas = quotas
         self._coordinator = coordinator
@@ -63,9 +67,9 @@ class CoordinatorServicer:
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         owner = self._owner(context)
-        admitted = replace(admit(request, self._limits()), owner_key=owner.name)
+        admitted = dataclasses.replace(admit(request, self._limits()), owner_key=owner.name)
         with self._quotas.generation(owner, admitted.session_id) as count_tokens:
-            async with self._coordinator.generate(admitted) as stream:
+            async with self._coordinator.generate(admitted, _traceparent(context)) as stream:
                 count_tokens(len(stream.started.prompt_token_ids))
                 yield pb.GenerateResponse(started=_encode_started(stream.started))
                 async for chunk in stream.output:
@@ -96,6 +100,21 @@ class CoordinatorServicer:
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
 
+    async def GetClusterStatus(
+        self, request: pb.GetClusterStatusRequest, context: Context
+    ) -> pb.GetClusterStatusResponse:
+        coordinator, status = self._coordinator, self._status
+        return pb.GetClusterStatusResponse(
+            instance_id=status.instance_id,
+            uptime_s=status.uptime_s,
+            draining=coordinator.draining,
+            num_requests_running=coordinator.num_streaming,
+            num_requests_waiting=coordinator.num_waiting,
+            workers=[_encode_worker(worker) for worker in await status.workers()],
+            drafts=[_encode_pool(pool, served.model) for served in self._placement.served for pool in served.drafts],
+            activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
+        )
+
     def _owner(self, context: Context) -> KeyOwner:
         return self._authenticator.identify(context.invocation_metadata() or ())
 
@@ -110,6 +129,11 @@ class CoordinatorServicer:
             max_prompt_bytes=self._config.max_prompt_bytes,
             drafts=self._placement.draft_names,
         )
+
+
+def _traceparent(context: Context) -> str:
+    """The caller's span, from the call's metadata."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
 
 
 def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
@@ -183,6 +207,14 @@ def _encode_served(served: Served) -> pb.ServedModel:
         ready=served.ready,
         drafts=drafts,
     )
+
+
+def _encode_worker(worker: WorkerStatus) -> pb.WorkerStatus:
+    view = worker.view
+    trouble = "" if view.up else view.link.trouble.message
+    info = wire.info_to_proto(worker.info) if worker.info else None
+    role = wire.role_to_proto(view.role)
+    return pb.WorkerStatus(role=role, address=view.address, pool=view.pool, up=view.up, trouble=trouble, info=info)
 
 
 def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:

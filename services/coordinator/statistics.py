@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from services.common.items import Proposed, Tokens
-from services.common.values import MAX_DRAFT_TOKENS
+from services.common.values import MAX_DRAFT_TOKENS, FinishReason
+from services.coordinator.tally import GenerationTally
 
 
 class RoundStatistics(NamedTuple):
@@ -78,7 +79,8 @@ class DraftCounts:
 class StatisticsCollector:
     """Gathers them while the generation runs. `arrived_ns` is when the request came in, by time.perf_counter_ns.
 
-    `draft` names the pool that drafts for it, and what it drafts is added to `draft_counts`.
+    `draft` names the pool that drafts for it, and what it drafts is added to `draft_counts`. Everything is added to
+    `tally` as it comes.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class StatisticsCollector:
         num_replaced_tokens: int,
         draft: str = "",
         draft_counts: DraftCounts | None = None,
+        tally: GenerationTally | None = None,
     ) -> None:
+        self._tally = tally or GenerationTally()
         self._arrived_ns = arrived_ns
         self._lossy = lossy
         self._num_replaced_tokens = num_replaced_tokens
@@ -102,21 +106,51 @@ class StatisticsCollector:
         self._accepted = [0] * MAX_DRAFT_TOKENS
         self._verified = [0] * MAX_DRAFT_TOKENS
         self._ttft_ns = 0
+        self._emitted_ns = 0
+        self._num_later_tokens = 0
         self._draft_ns = 0
         self._verify_ns = 0
         self._overhead_ns: list[int] = []
         self._num_replaced_rows = 0
         self._rounds: list[RoundStatistics] = []
 
-    def first_token(self) -> None:
-        """To be called when tokens go out; only the first call counts."""
+    @property
+    def has_emitted(self) -> bool:
+        """Whether a token has gone out."""
+        return self._ttft_ns > 0
+
+    def started(self, num_prompt_tokens: int) -> None:
+        """To be called once, when the generation begins."""
+        self._tally.num_prompt_tokens += num_prompt_tokens
+
+    def emitted(self, num_tokens: int) -> None:
+        """To be called when tokens go out, before they do. Without tokens it does not count."""
+        if not num_tokens:
+            return
+        now_ns = time.perf_counter_ns()
+        self._tally.num_generated_tokens += num_tokens
         if not self._ttft_ns:
-            self._ttft_ns = time.perf_counter_ns() - self._arrived_ns
+            self._ttft_ns = now_ns - self._arrived_ns
+            self._tally.ttft_s.observe(self._ttft_ns / 1e9)
+        else:
+            self._num_later_tokens += num_tokens
+            self._tally.itl_s.observe((now_ns - self._emitted_ns) / 1e9)
+        self._emitted_ns = now_ns
+
+    def finished(self, reason: FinishReason) -> None:
+        """To be called once, when the generation has ended as it should."""
+        tally = self._tally
+        tally.finished[reason] += 1
+        tally.e2e_s.observe((time.perf_counter_ns() - self._arrived_ns) / 1e9)
+        if self._num_later_tokens:
+            first_ns = self._arrived_ns + self._ttft_ns
+            tally.tpot_s.observe((self._emitted_ns - first_ns) / self._num_later_tokens / 1e9)
 
     def decoded(self, num_tokens: int, verify_ns: int) -> None:
         """Plainly decoded tokens and the target's own time for them."""
         self._num_rounds += num_tokens
         self._verify_ns += verify_ns
+        self._tally.num_plain_rounds += num_tokens
 
     def round(self, proposed: Proposed, verified: Tokens, num_kept: int, wall_ns: int, token_offset: int) -> None:
         """A round, of whose tokens `num_kept` were left by the trim; the first is the generation's `token_offset`-th.
@@ -129,19 +163,21 @@ class StatisticsCollector:
         num_drafted = (
             num_accepted if trimmed and num_kept <= verified.num_accepted_tokens else verified.num_draft_tokens
         )
-        worker_ns = proposed.timings.total_ns + verified.timings.total_ns
+        draft_ns, verify_ns = proposed.timings.total_ns, verified.timings.total_ns
+        overhead_ns = max(0, wall_ns - draft_ns - verify_ns)
+        self._tally.round(draft_ns=draft_ns, verify_ns=verify_ns, overhead_ns=overhead_ns)
         self._num_rounds += 1
-        self._draft_ns += proposed.timings.total_ns
-        self._verify_ns += verified.timings.total_ns
-        self._overhead_ns.append(max(0, wall_ns - worker_ns))
+        self._draft_ns += draft_ns
+        self._verify_ns += verify_ns
+        self._overhead_ns.append(overhead_ns)
         self._num_replaced_rows += verified.rows_replaced
-        times_ms = proposed.timings.total_ns / 1e6, verified.timings.total_ns / 1e6
-        self._rounds.append(RoundStatistics(token_offset, num_drafted, num_accepted, *times_ms))
+        self._rounds.append(RoundStatistics(token_offset, num_drafted, num_accepted, draft_ns / 1e6, verify_ns / 1e6))
         if verified.num_draft_tokens:
             self._num_drafts += 1
             self._num_draft_tokens += num_drafted
             self._num_accepted_tokens += num_accepted
             self._draft_counts.add(num_drafted, num_accepted)
+            self._tally.draft(num_drafted, num_accepted)
             for position in range(min(num_accepted + 1, num_drafted)):
                 self._verified[position] += 1
                 self._accepted[position] += position < num_accepted

@@ -90,7 +90,8 @@ class TargetSequence:
         self._num_losses += 1
         if self._num_losses > _MAX_LOSSES or (not self._first_token_seen and isinstance(lost.error, ResourceExhausted)):
             raise lost.error
-        log.info("session %s lost its target, attempt %d: %s", self._plan.session_id, self._attempt, lost.error)
+        text, fields = "session %s lost its target, attempt %d: %s", self._plan.log_fields(self.round)
+        log.info(text, self._plan.session_id, self._attempt, lost.error, extra=fields)
         self.close()
         backoff_s = min(_FIRST_BACKOFF_S * 2 ** (self._num_losses - 1), _MAX_BACKOFF_S)
         if lost.error.retry_after_ms and self._link.up:
@@ -102,15 +103,15 @@ class TargetSequence:
             raise FailedPrecondition("MODEL_CHANGED", "the target now serves another model than the session's")
         self.open()
 
-    async def verify(self, proposal: Proposal) -> Tokens:
+    async def verify(self, proposal: Proposal, parent_span_id: int = 0) -> Tokens:
         """The target's verdict on a proposal."""
-        self._send(Verify(self._next_identity(), proposal))
+        self._send(Verify(self._next_identity(), proposal, parent_span_id))
         return await self._receive()
 
-    def begin_decode(self, num_free_tokens: int) -> None:
+    def begin_decode(self, num_free_tokens: int, parent_span_id: int = 0) -> None:
         """Asks for that many tokens, which `next_decoded` returns as they come."""
         self._decoding, self._interrupted = True, False
-        self._send(Decode(self._next_identity(), num_free_tokens))
+        self._send(Decode(self._next_identity(), num_free_tokens, parent_span_id))
 
     async def next_decoded(self) -> Tokens:
         """The next of a Decode's answers; the one with `done` is the last."""

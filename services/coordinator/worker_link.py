@@ -145,6 +145,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
         self._up = asyncio.Event()
         self._trouble: OutriderError = Unavailable("STARTING", f"{self} is not connected yet", retry_after_ms=500)
         self._tasks: list[asyncio.Task[None]] = []
+        self._channel: grpc.aio.Channel | None = None
 
     def __str__(self) -> str:
         return f"{self._codec.role} worker {self.address}"
@@ -185,6 +186,12 @@ class WorkerLink(Generic[ItemT, ResultT]):
                 await self._up.wait()
         return self.up
 
+    async def describe(self, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> WorkerInfo:
+        """Asks the worker what it is and how it is doing. Raises what ails the link, or the call."""
+        if not self.up or self._channel is None:
+            raise self._trouble
+        return await _ask(self._channel, timeout_s)
+
     def open_lane(self, identity: Identity) -> Lane[ItemT, ResultT]:
         """A lane for the sequence that is about to be opened. Raises what ails the link if it is not up."""
         if not self.up:
@@ -206,6 +213,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
         while True:
             try:
                 async with self._channels.open(self.address) as channel:
+                    self._channel = channel
                     self._info = await self._describe(channel)
                     backoff_s = 0.1
                     await self._stream(channel)
@@ -217,12 +225,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _describe(self, channel: grpc.aio.Channel) -> WorkerInfo:
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        try:
-            request = worker_pb2.GetWorkerInfoRequest()
-            info = wire.info_from_proto(await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S))
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_from_rpc(error) from error
+        info = await _ask(channel, _DESCRIBE_TIMEOUT_S)
         if info.role != self._codec.role:
             raise FailedPrecondition("MODEL_MISMATCH", f"{self} says that its role is {info.role!r}")
         if info.protocol_version != PROTOCOL_VERSION:
@@ -295,6 +298,14 @@ class WorkerLink(Generic[ItemT, ResultT]):
             for lane in list(self._lanes.values()):
                 if lane.waiting and lane.deadline < now:
                     lane.expire()
+
+
+async def _ask(channel: grpc.aio.Channel, timeout_s: float) -> WorkerInfo:
+    stub = worker_pb2_grpc.WorkerServiceStub(channel)
+    try:
+        return wire.info_from_proto(await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s))
+    except grpc.aio.AioRpcError as error:
+        raise rpc.error_from_rpc(error) from error
 
 
 def _key(identity: Identity) -> tuple[str, int, int]:

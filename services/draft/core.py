@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Open, Opened, Propose, Proposed, Refused
+from services.common.tally import WorkerTally
 from services.common.values import WorkerLoad
 from services.engine.block_manager import PrefixCacheStats
 from services.engine.drafters.base import Draft, Drafter
@@ -61,7 +62,9 @@ class DraftCore:
         max_sequence_len: int,
         max_draft_tokens: int,
         clock: Callable[[], int] = time.monotonic_ns,
+        tally: WorkerTally | None = None,
     ) -> None:
+        self._tally = tally or WorkerTally()
         self._drafter = drafter
         vocab_size = drafter.info.vocab_size if drafter.info else None
         self._limits = Limits(max_sequences, max_sequence_len, max_draft_tokens, vocab_size)
@@ -134,6 +137,10 @@ class DraftCore:
         started_ns = self._clock()
         taking_part = {id(draft) for draft in self._drafter.step([slot.draft for slot in slots])}
         ended_ns = self._clock()
+        num_sequences = len(taking_part)
+        self._tally.step(
+            num_sequences=num_sequences, num_rows=num_sequences, num_prefill_tokens=0, duration_ns=ended_ns - started_ns
+        )
         results: Results = []
         for slot in slots:
             if id(slot.draft) in taking_part:
@@ -205,6 +212,7 @@ class DraftCore:
             proposal = slot.draft.proposal(proposing.item.proposal_id)
             proposed = Proposed(proposing.item.identity, proposal, proposing.timings(now_ns), num_cached)
             results.append((slot.connection, proposed))
+            self._tally.answered(len(proposal.token_ids), proposed.timings.queue_ns)
         slot.draft.awaited = bool(slot.pending)
         return results
 

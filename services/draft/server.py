@@ -14,6 +14,9 @@ from outrider.v1 import draft_pb2
 
 from services.common.errors import ConfigError
 from services.common.failure import Failure
+from services.common.tally import Watched, WorkerTally
+from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker_server import (
     BuiltWorker,
@@ -28,6 +31,7 @@ from services.draft.config import DraftConfig
 from services.draft.core import DraftCore
 from services.draft.servicer import DraftServicer
 from services.engine.block_manager import BlockManager
+from services.engine.device_usage import device_usage_of, utilisation_of
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.model import ModelDrafter
@@ -57,14 +61,16 @@ async def serve(config: DraftConfig) -> None:
     await serve_worker(config, _recipe(config))
 
 
-def running_draft(config: DraftConfig) -> AbstractAsyncContextManager[RunningWorker]:
+def running_draft(
+    config: DraftConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AbstractAsyncContextManager[RunningWorker]:
     """A draft worker inside this process, from enter to exit."""
-    return running_worker(config, _recipe(config))
+    return running_worker(config, _recipe(config), metrics_port, tracer)
 
 
 def _recipe(config: DraftConfig) -> Recipe:
     service = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
-    return Recipe(service, DraftServicer, lambda: build(config))
+    return Recipe("draft", service, DraftServicer, lambda: build(config))
 
 
 class _Drafter(NamedTuple):
@@ -80,11 +86,13 @@ def build(config: DraftConfig) -> BuiltWorker:
     failure = Failure()
     drafter, drafter_len, close = _drafter(config, failure)
     max_sequence_len = min(config.max_sequence_len or drafter_len, drafter_len)
+    tally = WorkerTally()
     core = DraftCore(
         drafter,
         max_sequences=config.max_sequences,
         max_sequence_len=max_sequence_len,
         max_draft_tokens=config.max_draft_tokens,
+        tally=tally,
     )
     info = WorkerInfo(
         instance_id=new_instance_id(),
@@ -96,7 +104,9 @@ def build(config: DraftConfig) -> BuiltWorker:
         max_sequence_len=max_sequence_len,
     )
     engine = EngineThread(core, "draft engine", config.max_queued_items, failure)
-    return BuiltWorker(engine, info, close)
+    device = config.device
+    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(device), utilisation_of(device))
+    return BuiltWorker(engine, info, watched, close)
 
 
 def _drafter(config: DraftConfig, failure: Failure) -> _Drafter:

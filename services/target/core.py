@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from services.common.errors import Aborted, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Close, Decode, Identity, Open, Refused, TargetItem, TargetResult, Tokens, Verify
+from services.common.tally import WorkerTally
 from services.common.values import Proposal, WorkerLoad
 from services.engine.block_manager import BlockManager, PrefixCacheStats
 from services.engine.hold import HoldPolicy, Ready, Rhythm
@@ -87,7 +88,9 @@ class TargetCore:
         max_draft_tokens: int,
         prefill_budget: int = DEFAULT_PREFILL_BUDGET,
         clock: Callable[[], int] = time.monotonic_ns,
+        tally: WorkerTally | None = None,
     ) -> None:
+        self._tally = tally or WorkerTally()
         self._model = model
         self._blocks = blocks
         self._limits = Limits(max_sequences, max_sequence_len, max_draft_tokens, model.info.vocab_size)
@@ -165,6 +168,12 @@ class TargetCore:
         verdicts = self._model.step(works)
         step = _Step(started_ns, self._clock(), sum(work.num_rows for work in works))
         self._scheduler.observe(works, step.ended_ns - started_ns)
+        self._tally.step(
+            num_sequences=len(works),
+            num_rows=step.num_rows,
+            num_prefill_tokens=sum(work.num_computed_tokens - work.num_rows for work in works),
+            duration_ns=step.ended_ns - started_ns,
+        )
         slot_of = {id(slot.sequence): slot for slot in slots}
         results: Results = []
         for work, verdict in zip(works, verdicts, strict=True):
@@ -334,6 +343,7 @@ class TargetCore:
             step_ns=step.ended_ns - step.started_ns,
             step_rows=step.num_rows,
         )
+        self._tally.answered(len(verdict.token_ids), tokens.timings.queue_ns)
         slot.pending.answered(step.ended_ns)
         if done:
             self._finish(slot, work, verdict, step.ended_ns)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from outrider.v1 import target_pb2
 
 from services.common.failure import Failure
+from services.common.tally import Watched, WorkerTally
+from services.common.telemetry_settings import METRICS_OFF
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker_server import (
     BuiltWorker,
@@ -23,6 +26,7 @@ from services.common.worker_server import (
     serve_worker,
 )
 from services.engine.block_manager import BlockManager
+from services.engine.device_usage import device_usage_of, utilisation_of
 from services.engine.engine_thread import EngineThread
 from services.engine.prefix_cache import model_key
 from services.engine.simulated import (
@@ -43,14 +47,16 @@ async def serve(config: TargetConfig) -> None:
     await serve_worker(config, _recipe(config))
 
 
-def running_target(config: TargetConfig) -> AbstractAsyncContextManager[RunningWorker]:
+def running_target(
+    config: TargetConfig, metrics_port: int = METRICS_OFF, tracer: Tracer = NO_TRACER
+) -> AbstractAsyncContextManager[RunningWorker]:
     """A target worker inside this process, from enter to exit."""
-    return running_worker(config, _recipe(config))
+    return running_worker(config, _recipe(config), metrics_port, tracer)
 
 
 def _recipe(config: TargetConfig) -> Recipe:
     service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
-    return Recipe(service, TargetServicer, lambda: build(config))
+    return Recipe("target", service, TargetServicer, lambda: build(config))
 
 
 class _Model(NamedTuple):
@@ -67,6 +73,7 @@ def build(config: TargetConfig) -> BuiltWorker:
     failure = Failure()
     model, blocks, model_len, close = _simulated(config) if config.model == SIMULATED else _paged(config, failure)
     max_sequence_len = min(config.max_sequence_len or model_len, model_len, blocks.num_blocks * blocks.block_size)
+    tally = WorkerTally()
     core = TargetCore(
         model,
         blocks,
@@ -74,6 +81,7 @@ def build(config: TargetConfig) -> BuiltWorker:
         max_sequence_len=max_sequence_len,
         max_draft_tokens=config.max_draft_tokens,
         prefill_budget=config.prefill_budget,
+        tally=tally,
     )
     info = WorkerInfo(
         instance_id=new_instance_id(),
@@ -85,7 +93,9 @@ def build(config: TargetConfig) -> BuiltWorker:
         max_sequence_len=max_sequence_len,
     )
     engine = EngineThread(core, "target engine", config.max_queued_items, failure)
-    return BuiltWorker(engine, info, close)
+    device = config.device
+    watched = Watched(tally, lambda: core.prefix_cache_stats, device_usage_of(device), utilisation_of(device))
+    return BuiltWorker(engine, info, watched, close)
 
 
 def _simulated(config: TargetConfig) -> _Model:

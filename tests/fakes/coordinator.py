@@ -91,6 +91,8 @@ class FakeCoordinator:
         self.scripts = list(scripts)
         self.requests: list[pb.GenerateRequest] = []
         self.cancelled = asyncio.Event()
+        self.num_status_calls = 0
+        self.status: Callable[[int], pb.GetClusterStatusResponse] = lambda num_calls: pb.GetClusterStatusResponse()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
@@ -115,6 +117,10 @@ class FakeCoordinator:
             name="fake", digest="d", drafter="ngram", vocab_size=512, max_sequence_len=64, ready=True
         )
         return pb.ListModelsResponse(models=[model])
+
+    async def GetClusterStatus(self, request: pb.GetClusterStatusRequest, context: Any) -> pb.GetClusterStatusResponse:
+        self.num_status_calls += 1
+        return self.status(self.num_status_calls)
 
 
 @contextlib.asynccontextmanager

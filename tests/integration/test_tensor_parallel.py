@@ -51,7 +51,7 @@ class Ranks:
 @contextmanager
 def worker(model: Path) -> Iterator[Ranks]:
     command = [sys.executable, "-P", "-m", "services.target", "--model", str(model), "--tensor-parallel-size", "2"]
-    command += ["--port", "0", "--threads", "2", "--num-blocks", "64", "--drain-s", "0.1"]
+    command += ["--port", "0", "--threads", "2", "--num-blocks", "64", "--drain-s", "0.1", "--metrics-port", "-1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -207,7 +207,7 @@ async def test_a_worker_that_loads_answers_starting() -> None:
         return build(TARGET)
 
     ports: list[int] = []
-    recipe = Recipe(target_pb2.DESCRIPTOR.services_by_name["TargetService"], TargetServicer, slow_build)
+    recipe = Recipe("target", target_pb2.DESCRIPTOR.services_by_name["TargetService"], TargetServicer, slow_build)
     config = TargetConfig(port=free_port(), model="simulated")
 
     async def serve() -> None:

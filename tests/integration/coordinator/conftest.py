@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import grpc.aio
@@ -14,6 +15,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc
 
 from services.common import rpc
+from services.common.tracing import NO_TRACER, Tracer
 from services.common.worker_server import RunningWorker
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
@@ -75,11 +77,15 @@ def start_cluster(redis_url: str) -> StartCluster:
 
     @contextlib.asynccontextmanager
     async def start(
-        target: TargetConfig = TARGET, draft: DraftConfig | None = DRAFT, **settings: Any
+        target: TargetConfig = TARGET,
+        draft: DraftConfig | None = DRAFT,
+        tracers: Mapping[str, Tracer] = MappingProxyType({}),
+        **settings: Any,
     ) -> AsyncIterator[Cluster]:
         async with contextlib.AsyncExitStack() as stack:
-            running_t = await stack.enter_async_context(running_target(target))
-            running_d = await stack.enter_async_context(running_draft(draft)) if draft else None
+            running_t = await stack.enter_async_context(running_target(target, tracer=tracers.get("target", NO_TRACER)))
+            draft_tracer = tracers.get("draft", NO_TRACER)
+            running_d = await stack.enter_async_context(running_draft(draft, tracer=draft_tracer)) if draft else None
             config = CoordinatorConfig(
                 port=0,
                 redis_url=redis_url,
@@ -87,7 +93,9 @@ def start_cluster(redis_url: str) -> StartCluster:
                 targets=f"127.0.0.1:{running_t.port}",
                 drafts=f"127.0.0.1:{running_d.port}" if running_d else "",
             )
-            coordinator = await stack.enter_async_context(running_coordinator(dataclasses.replace(config, **settings)))
+            tracer = tracers.get("coordinator", NO_TRACER)
+            running_c = running_coordinator(dataclasses.replace(config, **settings), tracer=tracer)
+            coordinator = await stack.enter_async_context(running_c)
             assert await coordinator.wait_ready(10)
             options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
             channel = await stack.enter_async_context(

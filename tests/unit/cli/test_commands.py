@@ -10,6 +10,7 @@ import sys
 
 import click
 import pytest
+from outrider.v1 import coordinator_pb2 as pb
 from rich.console import Console
 from rich.table import Table
 
@@ -137,6 +138,31 @@ def test_models_and_sessions(address, capsys):
     assert run("sessions", "get", "other", "--address", address) == 1
     assert "UNKNOWN_SESSION" in capsys.readouterr().err
     assert run("sessions", "close", "known", "--address", address) == 0
+
+
+def test_top_shows_what_happened_between_two_looks(fake, address, capsys):
+    fake.status = lambda num_calls: pb.GetClusterStatusResponse(
+        instance_id="c",
+        num_requests_running=5,
+        activity=pb.CoordinatorActivity(num_generated_tokens=100 * num_calls, num_drafts=num_calls),
+        workers=[pb.WorkerStatus(role=1, address="10.0.0.2:50052", pool="big", trouble="connection refused")],
+    )
+    assert run("top", "--once", "--json", "--interval", "0.1", "--address", address) == 0
+    view = json.loads(capsys.readouterr().out)
+    assert fake.num_status_calls == 2
+    assert view["tokens_per_s"] == pytest.approx(100 / view["interval_s"])
+    assert [(w["role"], w["state"], w["trouble"]) for w in view["workers"]] == [("draft", "down", "connection refused")]
+    assert run("top", "--once", "--interval", "0.1", "--address", address) == 0
+    shown = capsys.readouterr().out
+    assert "5 requests running" in shown
+    assert "connection refused" in shown
+
+
+def test_top_says_that_no_coordinator_is_there(capsys):
+    with serving_in_thread(FakeCoordinator(whole())) as gone:
+        pass
+    assert run("top", "--once", "--address", gone) == 1
+    assert f"cannot reach the coordinator at {gone}" in capsys.readouterr().err
 
 
 def test_bench_measures_a_running_coordinator(address, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,12 +33,14 @@ from services.common.values import (
     SparseRow,
     TopLogProbs,
     VerificationMethod,
+    WorkerActivity,
     WorkerInfo,
     WorkerLoad,
 )
 
 fast = settings(deadline=None, max_examples=50)
 u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
 token_ids = st.lists(u32, max_size=20).map(tuple)
 f32 = st.floats(width=32, allow_nan=False)
 identities = st.builds(Identity, st.uuids().map(str), st.integers(0, 2**64 - 1), u32, u32, st.just(0))
@@ -76,6 +79,7 @@ def opens(draw: st.DrawFn) -> Open:
         num_top_log_probs=draw(u32),
         fork=draw(u32),
         cache_salt=draw(st.binary(max_size=40)),
+        traceparent=draw(st.sampled_from(["", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"])),
     )
 
 
@@ -91,7 +95,11 @@ def assembler() -> wire.OpenAssembler:
 
 
 @fast
-@given(st.lists(opens() | st.builds(Verify, identities, proposals()) | st.builds(Decode, identities, u32), max_size=5))
+@given(
+    st.lists(
+        opens() | st.builds(Verify, identities, proposals(), u64) | st.builds(Decode, identities, u32, u64), max_size=5
+    )
+)
 def test_target_items_survive_the_wire(items: list) -> None:
     data = wire_target.encode_items(items).SerializeToString()
     decoded, refused = wire_target.decode_items(target_pb2.TargetStreamRequest.FromString(data), assembler())
@@ -101,7 +109,9 @@ def test_target_items_survive_the_wire(items: list) -> None:
 
 @fast
 @given(
-    st.lists(opens() | st.builds(Propose, identities, token_ids, u32, u32) | st.builds(Close, identities), max_size=5)
+    st.lists(
+        opens() | st.builds(Propose, identities, token_ids, u32, u32, u64) | st.builds(Close, identities), max_size=5
+    )
 )
 def test_draft_items_survive_the_wire(items: list) -> None:
     data = wire_draft.encode_items(items).SerializeToString()
@@ -232,6 +242,7 @@ def test_worker_info_survives_the_wire() -> None:
     info = WorkerInfo(
         "id", "target", ModelInfo("m", "d", "v", 257, "float32", "cpu"), "", 16, 8, 4096, WorkerLoad(1), 1, 1, 2.5
     )
+    info = replace(info, activity=WorkerActivity(*range(1, 13)))
     assert wire.info_from_proto(wire.info_to_proto(info)) == info
     bare = WorkerInfo("id", "draft", None, "ngram", 16, 8, 4096)
     assert wire.info_from_proto(wire.info_to_proto(bare)) == bare

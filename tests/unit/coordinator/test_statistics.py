@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from services.common.items import Identity, Proposed, Timings, Tokens
-from services.common.values import Proposal
+from services.common.values import FinishReason, Proposal
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.tally import GenerationTally
 
 IDENTITY = Identity("s", 1, 1, 0, 5)
 
@@ -64,6 +67,33 @@ def test_rounds_say_where_they_begin_and_what_was_drafted() -> None:
     count(collector, drafted=4, accepted=4, kept=2)
     count(collector, drafted=0, accepted=0)
     assert snapshot(collector).rounds == ((7, 4, 1, 2.0, 3.0), (7, 2, 2, 2.0, 3.0), (7, 0, 0, 2.0, 3.0))
+
+
+def test_latencies_are_taken_between_messages_with_tokens(monkeypatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: round(now_s[0] * 1e9))
+    tally = GenerationTally()
+    collector = StatisticsCollector(arrived_ns=round(100e9), lossy=False, num_replaced_tokens=0, tally=tally)
+    for at_s, num_tokens in ((102.0, 3), (102.5, 0), (103.0, 5), (106.0, 2)):
+        now_s[0] = at_s
+        collector.emitted(num_tokens)
+        assert collector.has_emitted
+    now_s[0] = 107.0
+    collector.finished(FinishReason.EOS)
+    assert (tally.ttft_s.count, tally.ttft_s.sum) == (1, 2.0)
+    assert (tally.itl_s.count, tally.itl_s.sum) == (2, 4.0)
+    assert (tally.tpot_s.count, tally.tpot_s.sum) == (1, pytest.approx(4.0 / 7))
+    assert (tally.e2e_s.count, tally.e2e_s.sum) == (1, 7.0)
+    assert (tally.num_generated_tokens, tally.finished) == (10, {FinishReason.EOS: 1})
+    assert snapshot(collector).ttft_ms == 2000
+
+
+def test_one_message_with_all_tokens_has_no_time_per_output_token() -> None:
+    tally = GenerationTally()
+    collector = StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0, tally=tally)
+    collector.emitted(4)
+    collector.finished(FinishReason.LENGTH)
+    assert (tally.tpot_s.count, tally.itl_s.count, tally.e2e_s.count) == (0, 0, 1)
 
 
 def test_statistics_survive_the_record() -> None:

@@ -1,0 +1,1 @@
+"""`outrider top`: a cluster at work."""
