@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from click.testing import CliRunner, Result
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc
 
+from services.cli.commands import cli
 from services.client import Access, GenerateOptions, OutriderClient, RetryPolicy
 from services.common.api_keys import KeyOwner, KeyRing, Limits, new_key, write_ring
 from services.common.errors import (
@@ -99,6 +102,7 @@ def calls(stub: Any, metadata: Any) -> list[Any]:
         stub.GetSession(pb.GetSessionRequest(session_id=str(uuid.uuid4())), metadata=metadata),
         stub.CloseSession(pb.CloseSessionRequest(session_id=str(uuid.uuid4())), metadata=metadata),
         stub.ListModels(pb.ListModelsRequest(), metadata=metadata),
+        stub.GetClusterStatus(pb.GetClusterStatusRequest(), metadata=metadata),
     ]
 
 
@@ -299,6 +303,23 @@ async def test_no_key_comes_into_logs_or_errors(guarded: Guarded, caplog: pytest
         assert secret not in caplog.text
         assert secret not in shown
         assert secret not in guarded.keys.path.read_text()
+
+
+async def test_the_command_line_takes_its_key_from_a_file_or_a_variable(guarded: Guarded, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(guarded.keys.texts["ann"] + "\n")
+
+    async def run(*arguments: str, **environment: str) -> Result:
+        env = {"OUTRIDER_ADDRESS": guarded.address, **environment}
+        return await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=env)
+
+    for arguments in (["models", "--json"], ["top", "--once", "--interval", "0.1", "--json"]):
+        assert (await run(*arguments, "--api-key-file", str(file))).exit_code == 0
+        assert (await run(*arguments, OUTRIDER_API_KEY=guarded.keys.texts["bob"])).exit_code == 0
+        refused = await run(*arguments)
+        assert "BAD_CREDENTIALS" in str(refused.exception)
+    answer = await run("generate", "Hello", "--max-tokens", "3", "--json", "--api-key-file", str(file))
+    assert len(json.loads(answer.stdout)["token_ids"]) == 3
 
 
 async def test_the_stub_alone_works_with_a_header(guarded: Guarded) -> None:
