@@ -6,6 +6,7 @@ Must not know: torch, or anything of the services but their flags and ready line
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -34,6 +35,14 @@ _DRAIN_S = "0.5"
 _MAX_SOCKET_PATH_LEN = 100
 
 
+class PoolSpec(NamedTuple):
+    """Drafts of one kind: what requests name them by (empty: nothing), how they draft, and with which model."""
+
+    name: str
+    drafter: str
+    draft: str
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
@@ -57,6 +66,33 @@ class ClusterSpec:
     coordinator_port: int = 0
     draft_port: int = 0
     target_port: int = 0
+    num_targets: int = 1
+    num_drafts: int = 1
+    """Of each pool."""
+    named_pools: tuple[PoolSpec, ...] = ()
+    """In place of the one pool of `drafter` and `draft`."""
+
+    @property
+    def pools(self) -> tuple[PoolSpec, ...]:
+        return self.named_pools or (PoolSpec("", self.drafter, self.draft),)
+
+    @property
+    def target_ports(self) -> tuple[int, ...]:
+        """Of all targets: the first one's is given."""
+        return _ports(self.target_port, self.num_targets)
+
+    @property
+    def draft_ports(self) -> tuple[int, ...]:
+        return _ports(self.draft_port, self.num_drafts * len(self.pools))
+
+
+def _ports(first: int, number: int) -> tuple[int, ...]:
+    return (first, *[0] * (number - 1))
+
+
+def worker_names(service: str, number: int) -> list[str]:
+    """The first is named as its service."""
+    return [service, *[f"{service}-{i}" for i in range(2, number + 1)]]
 
 
 class ThreadSplit(NamedTuple):
@@ -66,12 +102,12 @@ class ThreadSplit(NamedTuple):
     draft: int
 
 
-def split_threads(num_cores: int, drafter: str) -> ThreadSplit:
-    """A drafter with a model gets a quarter of the cores, the target the rest; else the target gets all."""
+def split_threads(num_cores: int, drafter: str, num_targets: int = 1, num_drafts: int = 1) -> ThreadSplit:
+    """Drafters with a model get a quarter of the cores, the targets the rest; else the targets get all."""
     if not needs_model(parse_chain(drafter)):
-        return ThreadSplit(target=max(1, num_cores), draft=1)
+        return ThreadSplit(target=max(1, num_cores // num_targets), draft=1)
     draft = max(1, num_cores // 4)
-    return ThreadSplit(target=max(1, num_cores - draft), draft=draft)
+    return ThreadSplit(target=max(1, (num_cores - draft) // num_targets), draft=max(1, draft // num_drafts))
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -98,6 +134,16 @@ class Cluster:
     @property
     def address(self) -> str:
         return self.address_of("coordinator")
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the target processes."""
+        return worker_names("target", self._spec.num_targets)
+
+    @property
+    def drafts(self) -> list[str]:
+        """Names of the draft processes, one pool's after the other's."""
+        return worker_names("draft", len(self._spec.draft_ports))
 
     def address_of(self, service: str) -> str:
         return f"{_HOST}:{self._ports[service]}"
@@ -126,35 +172,37 @@ class Cluster:
 
     def _start(self) -> None:
         spec = self._spec
-        check_ports(spec.coordinator_port, spec.draft_port, spec.target_port)
+        check_ports(spec.coordinator_port, *spec.draft_ports, *spec.target_ports)
         target = prepare_model(spec.target)
-        chain = parse_chain(spec.drafter)
-        draft = prepare_model(spec.draft) if needs_model(chain) else None
-        own_tokens = chain[-1] not in LOOKUPS
-        translates = own_tokens and differ(target.directory, draft.directory if draft else SIMULATED)
-        threads = split_threads(spec.threads or os.cpu_count() or 1, spec.drafter)
+        prepared = [prepare_pool(pool, target) for pool in spec.pools]
+        largest = next((pool.drafter for pool in spec.pools if needs_model(parse_chain(pool.drafter))), "ngram")
+        num_cores = spec.threads or os.cpu_count() or 1
+        threads = split_threads(num_cores, largest, spec.num_targets, len(spec.draft_ports))
         redis = self._start_redis()
-        self._start_service("target", target_flags(spec, target, threads.target), threads.target)
-        tokenizer = target.directory if translates else ""
-        self._start_service(
-            "draft", draft_flags(spec, draft, threads.draft, target.directory, tokenizer), threads.draft
-        )
-        for service in ("target", "draft"):
-            self._on_stage(f"loading the {service}")
-            self._await_ready(service, _WORKER_TIMEOUT_S)
+        for name, port in zip(self.targets, spec.target_ports, strict=True):
+            flags = target_flags(dataclasses.replace(spec, target_port=port), target, threads.target)
+            self._start_service(name, flags, threads.target)
+        for i, (name, port) in enumerate(zip(self.drafts, spec.draft_ports, strict=True)):
+            pool, (draft, tokenizer) = spec.pools[i // spec.num_drafts], prepared[i // spec.num_drafts]
+            spec_of_it = dataclasses.replace(spec, draft_port=port, drafter=pool.drafter, draft=pool.draft)
+            flags = draft_flags(spec_of_it, draft, threads.draft, target.directory, tokenizer)
+            self._start_service(name, flags, threads.draft)
+        for name in (*self.targets, *self.drafts):
+            self._on_stage(f"loading the {name}")
+            self._await_ready(name, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
-        workers = self.address_of("target"), self.address_of("draft")
-        flags = coordinator_flags(spec, target.directory, redis, *workers)
-        self._start_service("coordinator", flags, 1)
+        targets = ",".join(self.address_of(name) for name in self.targets)
+        drafts = pool_addresses(spec, [self.address_of(name) for name in self.drafts])
+        self._start_service("coordinator", coordinator_flags(spec, target.directory, redis, targets, drafts), 1)
         self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
 
-    def _await_ready(self, service: str, timeout_s: float) -> None:
-        ready = self._processes[service].wait_ready(timeout_s)
-        self._ports[service], self._metrics_ports[service] = ready.port, ready.metrics_port
+    def _await_ready(self, name: str, timeout_s: float) -> None:
+        ready = self._processes[name].wait_ready(timeout_s)
+        self._ports[name], self._metrics_ports[name] = ready.port, ready.metrics_port
 
-    def _start_service(self, service: str, flags: list[str], threads: int) -> None:
-        command = [sys.executable, "-P", "-m", f"services.{service}", *flags]
-        self._processes[service] = Process(service, command, self._dir, child_environment(threads))
+    def _start_service(self, name: str, flags: list[str], threads: int) -> None:
+        command = [sys.executable, "-P", "-m", f"services.{name.partition('-')[0]}", *flags]
+        self._processes[name] = Process(name, command, self._dir, child_environment(threads))
 
     def _start_redis(self) -> str:
         """The server's URL. It listens on a socket in the temporary directory, and keeps nothing on disk."""
@@ -173,7 +221,7 @@ class Cluster:
         try:
             if coordinator := self._processes.get("coordinator"):
                 coordinator.stop(_STOP_S)
-            workers = [p for name in ("target", "draft") if (p := self._processes.get(name))]
+            workers = [p for name in (*self.targets, *self.drafts) if (p := self._processes.get(name))]
             for worker in workers:
                 worker.terminate()
             for worker in workers:
@@ -182,6 +230,12 @@ class Cluster:
             for process in self._processes.values():
                 process.stop(0.5)
             shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def pool_addresses(spec: ClusterSpec, addresses: list[str]) -> str:
+    """The drafts as the coordinator is told of them, each with its pool's name if that has one."""
+    names = [pool.name for pool in spec.pools for _ in range(spec.num_drafts)]
+    return ",".join(f"{name}={at}" if name else at for name, at in zip(names, addresses, strict=True))
 
 
 def check_ports(*ports: int) -> None:
@@ -218,9 +272,9 @@ def draft_flags(
     return flags
 
 
-def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, target: str, draft: str) -> list[str]:
+def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, targets: str, drafts: str) -> list[str]:
     flags = ["--host", _HOST, "--port", str(spec.coordinator_port), "--redis-url", redis]
-    flags += ["--targets", target, "--drafts", draft, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
+    flags += ["--targets", targets, "--drafts", drafts, "--tokenizer", tokenizer, "--drain-s", _DRAIN_S]
     flags += ["--metrics-port", "0"]
     if spec.num_draft_tokens is not None:
         flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
@@ -239,6 +293,14 @@ class PreparedModel(NamedTuple):
 
     directory: str
     name: str
+
+
+def prepare_pool(pool: PoolSpec, target: PreparedModel) -> tuple[PreparedModel | None, str]:
+    """The pool's model, if it has one, and the target's tokenizer where the draft needs it. Raises CommandFailed."""
+    chain = parse_chain(pool.drafter)
+    draft = prepare_model(pool.draft) if needs_model(chain) else None
+    translates = chain[-1] not in LOOKUPS and differ(target.directory, draft.directory if draft else SIMULATED)
+    return draft, target.directory if translates else ""
 
 
 def prepare_model(model: str) -> PreparedModel:

@@ -112,6 +112,22 @@ _CLUSTER_OPTIONS = (
         help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: ngram, or simulated with a simulated target]",
     ),
     click.option(
+        "--targets",
+        "num_targets",
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="Target workers; generations are spread over them.",
+    ),
+    click.option(
+        "--drafts",
+        "num_drafts",
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="Draft workers, of one pool.",
+    ),
+    click.option(
         "--dtype",
         type=click.Choice(DTYPES),
         default="float32",
@@ -169,6 +185,8 @@ _SPEC_FIELDS = (
     "simulated_row_ms",
     "simulated_token_ms",
     "simulated_acceptance",
+    "num_targets",
+    "num_drafts",
 )
 """Options that go into the spec as they are."""
 

@@ -8,24 +8,59 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
+from typing import Any
 
 import click
 
-from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.cluster import Cluster, ClusterSpec, PoolSpec
 from services.cli.failure import CommandFailed
 from services.cli.options import NUM_DRAFT_TOKENS, cluster_options, json_option
 from services.cli.terminal import Stages, notices, results
+from services.common.drafters import parse_chain
+from services.common.errors import ConfigError
 
 _WATCH_S = 0.2
 _PORT = click.IntRange(0, 65_535)
 
 
+class DraftPool(click.ParamType):
+    """NAME=DRAFTER[:MODEL]."""
+
+    name = "pool"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PoolSpec:
+        if isinstance(value, PoolSpec):
+            return value
+        name, has_name, rest = str(value).partition("=")
+        drafter, _, model = rest.partition(":")
+        if not has_name or not re.fullmatch(r"[\w.-]+", name):
+            self.fail(f"{value!r} is no pool such as fast=suffix or big=model:DIRECTORY", param, ctx)
+        try:
+            parse_chain(drafter)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        return PoolSpec(name, drafter, model)
+
+
 @click.command()
 @cluster_options
 @click.option("--coordinator-port", type=_PORT, default=50051, show_default=True, help="0 takes a free one.")
-@click.option("--draft-port", type=_PORT, default=50052, show_default=True, help="0 takes a free one.")
-@click.option("--target-port", type=_PORT, default=50053, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--draft-port", type=_PORT, default=50052, show_default=True, help="Of the first one; 0 takes a free one."
+)
+@click.option(
+    "--target-port", type=_PORT, default=50053, show_default=True, help="Of the first one; 0 takes a free one."
+)
+@click.option(
+    "--draft-pool",
+    "named_pools",
+    type=DraftPool(),
+    multiple=True,
+    help="A pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL, in place of --drafter; for several, repeat "
+    "it. Requests may name one (`outrider generate --draft NAME`), the others are spread over them.",
+)
 @click.option(
     "--num-draft-tokens",
     type=NUM_DRAFT_TOKENS,
@@ -37,6 +72,7 @@ def up(
     coordinator_port: int,
     draft_port: int,
     target_port: int,
+    named_pools: tuple[PoolSpec, ...],
     num_draft_tokens: int | None,
     as_json: bool,
 ) -> None:
@@ -45,18 +81,22 @@ def up(
     Without options: the sample model (downloaded once) in float32 on CPU, with the n-gram drafter. Ctrl-C or SIGTERM
     stops everything. With --json one line with the addresses is printed once all are ready.
     """
+    if len({pool.name for pool in named_pools}) < len(named_pools):
+        raise click.UsageError("--draft-pool: two pools have the same name")
     spec = dataclasses.replace(
         spec,
         coordinator_port=coordinator_port,
         draft_port=draft_port,
         target_port=target_port,
+        named_pools=tuple(pool._replace(draft=pool.draft or spec.draft) for pool in named_pools),
         num_draft_tokens=num_draft_tokens,
     )
     console = notices()
     with Stages(console) as stages, Cluster(spec, stages.show) as cluster:
         stages.stop()
-        addresses = {service: cluster.address_of(service) for service in ("coordinator", "draft", "target")}
-        metrics = {service: cluster.metrics_url_of(service) for service in addresses}
+        names = ("coordinator", *cluster.drafts, *cluster.targets)
+        addresses = {name: cluster.address_of(name) for name in names}
+        metrics = {name: cluster.metrics_url_of(name) for name in names}
         if as_json:
             click.echo(json.dumps({"event": "ready", "pid": os.getpid(), **addresses, "metrics": metrics}))
         else:

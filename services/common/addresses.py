@@ -38,6 +38,8 @@ def is_protected_url(url: str) -> bool:
     """Whether a Redis URL asks for TLS or stays on this machine. Raises ConfigError for what is no URL."""
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("rediss", "unix") or is_loopback(parts.hostname or "localhost")
     except ValueError:  # its text may be a part of the password
         raise ConfigError("redis_url: not a URL of the form redis://, rediss:// or unix://") from None
+    hosts = parts.netloc.rpartition("@")[2].split(",")  # Sentinels may be several
+    local = all(is_loopback(host_of(host)) for host in hosts if host)
+    return parts.scheme.startswith(("rediss", "unix")) or local

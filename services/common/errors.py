@@ -7,7 +7,7 @@
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
     ├── PermissionDenied                  WRONG_PEER
     ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL, RATE_LIMITED, TOO_MANY_SESSIONS (retriable),
-    │                                     TOO_LONG_FOR_POOL (not)
+    │                                     TOO_LONG_FOR_POOL, SESSION_LIMIT, TOKEN_LIMIT (not)
     ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
     │                                     STREAM_BROKEN
     ├── DeadlineExceeded                  DEADLINE
@@ -27,6 +27,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 ERROR_DOMAIN = "outrider"
+NEWEST_EPOCH = "newest_lease_epoch"
+"""In the metadata of a worker's STALE: the epoch that it knows, where that is newer than the item's."""
 
 
 class OutriderError(Exception):

@@ -49,6 +49,8 @@ class Open:
     """Cached prefixes are shared only between sequences of the same salt."""
     traceparent: str = ""
     """The generation's trace (services.common.tracing); empty: it is not traced."""
+    features: bool = False
+    """Target only: its answers shall carry features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Propose:
     num_draft_tokens: int
     proposal_id: int
     parent_span_id: int = 0
+    features: bytes = b""
+    """Of the newest committed tokens, the newest last, as Tokens had them; for none or more tokens than these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,8 @@ class Tokens:
     num_cached_tokens: int = 0
     step_ns: int = 0
     step_rows: int = 0
+    features: bytes = b""
+    """float16: the final hidden state that each token was chosen from, one after the other. Empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)

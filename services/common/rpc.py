@@ -45,7 +45,7 @@ MAX_PUBLIC_MESSAGE_BYTES = 16 * 1024 * 1024
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.ping_timeout_ms", 3_000),  # without it a ping on a quiet connection may stay unanswered for a minute
+    ("grpc.http2.ping_timeout_ms", 3_000),  # keepalive's pings wait for this one, a minute by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

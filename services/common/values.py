@@ -18,6 +18,8 @@ DEFAULT_NUM_DRAFT_TOKENS = 4
 MAX_DRAFT_TOKENS = 16
 MAX_TOP_LOG_PROBS = 20
 MAX_LOGIT_BIAS = 300
+MAX_FEATURE_ROWS = MAX_DRAFT_TOKENS + 1
+"""Most tokens that one message tells a draft features of: what a verdict can have."""
 MAX_DRAFT_ROW_LEN = 64
 """Entries of the sparse row that a drafted token may be drawn from (the draft's own top-k)."""
 
@@ -181,3 +183,5 @@ class WorkerInfo:
     noise_version: int = NOISE_VERSION
     startup_ms: float = 0.0
     activity: WorkerActivity = field(default_factory=WorkerActivity)
+    wants_features: bool = False
+    """Of a draft: whether it can use the target's features."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from outrider.v1 import sampling_pb2, worker_pb2
 
-from services.common.errors import ERRORS_BY_CODE, Internal, InvalidArgument, OutriderError
+from services.common.errors import ERRORS_BY_CODE, NEWEST_EPOCH, Internal, InvalidArgument, OutriderError
 from services.common.items import Close, Identity, Open, Timings
 from services.common.values import (
     ModelInfo,
@@ -29,6 +29,9 @@ from services.common.values import (
 
 MAX_PIECE_BYTES = 65_536
 """An Open's token prefix travels in pieces of at most this size."""
+
+MAX_FEATURE_BYTES = 2 << 20
+"""Features in one message, of all its items together."""
 
 _METHODS = {
     VerificationMethod.COUPLED: sampling_pb2.VERIFICATION_METHOD_COUPLED,
@@ -180,13 +183,18 @@ def load_from_proto(message: worker_pb2.WorkerLoad) -> WorkerLoad:
 
 def error_to_proto(error: OutriderError) -> worker_pb2.ItemError:
     return worker_pb2.ItemError(
-        code=error.code, reason=error.reason, message=error.message, retry_after_ms=error.retry_after_ms or 0
+        code=error.code,
+        reason=error.reason,
+        message=error.message,
+        retry_after_ms=error.retry_after_ms or 0,
+        newest_lease_epoch=int(error.metadata.get(NEWEST_EPOCH, 0)),
     )
 
 
 def error_from_proto(message: worker_pb2.ItemError) -> OutriderError:
     kind = ERRORS_BY_CODE.get(message.code, Internal)
-    return kind(message.reason, message.message, retry_after_ms=message.retry_after_ms or None)
+    metadata = {NEWEST_EPOCH: str(message.newest_lease_epoch)} if message.newest_lease_epoch else {}
+    return kind(message.reason, message.message, retry_after_ms=message.retry_after_ms or None, metadata=metadata)
 
 
 def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
@@ -202,6 +210,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         load=load_to_proto(info.load),
         startup_ms=info.startup_ms,
         activity=worker_pb2.WorkerActivity(**dataclasses.asdict(info.activity)),
+        wants_features=info.wants_features,
     )
     if model := info.model:
         response.model.CopyFrom(
@@ -234,6 +243,7 @@ def info_from_proto(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         noise_version=message.noise_version,
         startup_ms=message.startup_ms,
         activity=activity_from_proto(message.activity),
+        wants_features=message.wants_features,
     )
 
 
@@ -262,6 +272,7 @@ def open_to_proto(item: Open) -> list[worker_pb2.OpenItem]:
             fork=item.fork,
             cache_salt=item.cache_salt,
             traceparent=item.traceparent,
+            features=item.features,
         )
     )
     return pieces
@@ -273,6 +284,20 @@ def close_to_proto(item: Close) -> worker_pb2.CloseItem:
 
 def close_from_proto(message: worker_pb2.CloseItem) -> Close:
     return Close(identity_from_proto(message.identity))
+
+
+class FeatureBudget:
+    """The features of one message: whoever comes last goes without, so that the message stays below the 4 MB cap."""
+
+    def __init__(self) -> None:
+        self._num_left_bytes = MAX_FEATURE_BYTES
+
+    def take(self, features: bytes) -> bytes:
+        """The features if there is room for them, else none."""
+        if len(features) > self._num_left_bytes:
+            return b""
+        self._num_left_bytes -= len(features)
+        return features
 
 
 class OpenAssembler:
@@ -325,6 +350,7 @@ class OpenAssembler:
             fork=message.fork,
             cache_salt=message.cache_salt,
             traceparent=message.traceparent,
+            features=message.features,
         )
 
 

@@ -30,6 +30,7 @@ def proposal_from_proto(message: draft_pb2.Proposal) -> Proposal:
 
 def encode_items(items: Iterable[DraftItem]) -> draft_pb2.DraftStreamRequest:
     request = draft_pb2.DraftStreamRequest()
+    features = wire.FeatureBudget()
     for item in items:
         match item:
             case Open():
@@ -42,6 +43,7 @@ def encode_items(items: Iterable[DraftItem]) -> draft_pb2.DraftStreamRequest:
                         num_draft_tokens=item.num_draft_tokens,
                         proposal_id=item.proposal_id,
                         parent_span_id=item.parent_span_id,
+                        features=features.take(item.features),
                     )
                 )
             case Close():
@@ -66,7 +68,8 @@ def decode_items(
         try:
             committed = wire.unpack_tokens(propose.committed_tokens, "committed_tokens")
             num_draft_tokens, proposal_id = propose.num_draft_tokens, propose.proposal_id
-            items.append(Propose(identity, committed, num_draft_tokens, proposal_id, propose.parent_span_id))
+            span_id, features = propose.parent_span_id, propose.features
+            items.append(Propose(identity, committed, num_draft_tokens, proposal_id, span_id, features))
         except OutriderError as error:
             refused.append(Refused(identity, error))
     items.extend(wire.close_from_proto(close) for close in request.closes)

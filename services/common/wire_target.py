@@ -70,6 +70,7 @@ def decode_items(
 
 def encode_results(results: Iterable[TargetResult], load: WorkerLoad) -> target_pb2.TargetStreamResponse:
     response = target_pb2.TargetStreamResponse(load=wire.load_to_proto(load))
+    features = wire.FeatureBudget()
     for result in results:
         message = response.results.add(
             identity=wire.identity_to_proto(result.identity), timings=wire.timings_to_proto(result.timings)
@@ -77,6 +78,7 @@ def encode_results(results: Iterable[TargetResult], load: WorkerLoad) -> target_
         match result:
             case Tokens():
                 _fill_tokens(message, result)
+                message.tokens.features = features.take(result.features)
             case Refused():
                 message.error.CopyFrom(wire.error_to_proto(result.error))
     return response
@@ -123,6 +125,7 @@ def _decode_result(message: target_pb2.TargetResult) -> TargetResult:
                 num_cached_tokens=message.num_cached_tokens,
                 step_ns=message.step_ns,
                 step_rows=message.step_rows,
+                features=tokens.features,
             )
         case "error":
             return Refused(identity, wire.error_from_proto(message.error), timings)

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from outrider.v1 import worker_pb2
 
 from services.common import wire
-from services.common.errors import OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.item_spans import ItemSpans
 from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
 from services.common.logs import work_fields
@@ -25,6 +25,7 @@ from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerActivity, WorkerInfo, WorkerLoad
 
 log = logging.getLogger(__name__)
+
 Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -159,6 +160,9 @@ class ItemStream(Generic[Request, Response, Item]):
             outbox.end(None)
         except OutriderError as error:
             outbox.end(error)
+        except Exception:
+            log.exception("a stream of items cannot be read any more")
+            outbox.end(Internal("DEFECT", "internal error; the server's log has the detail"))
 
 
 def _log_refusals(results: list[Any], spans: ItemSpans) -> None:

@@ -15,10 +15,10 @@ from typing import TypeVar
 from outrider.v1 import coordinator_pb2, sampling_pb2
 
 from services.common import wire
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import InvalidArgument, NotFound
 from services.common.values import MAX_LOGIT_BIAS, MAX_TOP_LOG_PROBS, SamplingParams
 from services.coordinator.chat_template import Message
-from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.request import ChatInput, Fork, GenerationRequest, ResumePoint, TextInput, TokenInput
 
 N = TypeVar("N", int, float)
 
@@ -51,20 +51,22 @@ class Limits:
 def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> GenerationRequest:
     """Checks everything and fills in the defaults.
 
-    Raises InvalidArgument INVALID_PARAMETER or PROMPT_TOO_LONG, NotFound UNKNOWN_MODEL, FailedPrecondition UNSUPPORTED.
+    Raises InvalidArgument INVALID_PARAMETER or PROMPT_TOO_LONG, NotFound UNKNOWN_MODEL.
     """
     sampling = _sampling(message.sampling, limits)
     max_tokens = _within("max_tokens", message.max_tokens or DEFAULT_MAX_TOKENS, 1, MAX_MAX_TOKENS)
+    request_id = _uuid(message.request_id, "request_id")
+    fork = _fork(message)
     request = GenerationRequest(
-        session_id=_uuid(message.session_id, "session_id"),
-        request_id=_uuid(message.request_id, "request_id"),
+        session_id=_forked_id(fork, request_id) if fork else _uuid(message.session_id, "session_id"),
+        request_id=request_id,
         model=_model(message.model, limits),
         input=_input(message, limits),
         sampling=sampling,
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
         max_tokens=max_tokens,
         stop=_stop(message),
-        stop_token_ids=tuple(sorted(set(_token_ids("stop_token_ids", message.stop_token_ids, limits)))),
+        stop_token_ids=_stop_token_ids(message, limits),
         verification=wire.method_from_proto(message.verification),
         num_draft_tokens=_num_draft_tokens(message, limits),
         draft=_draft(message.draft, limits),
@@ -73,17 +75,14 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         ignore_eos=message.ignore_eos,
         include_special_tokens=message.include_special_tokens,
         resume=_resume(message, max_tokens, limits),
+        fork=fork,
     )
-    if len(message.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise _invalid("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} are allowed")
     if request.num_top_log_probs and not request.log_probs:
         raise _invalid("num_top_log_probs", "needs log_probs")
     if sampling.min_tokens > request.max_tokens:
         raise _invalid(
             "sampling.min_tokens", f"{sampling.min_tokens} exceeds max_tokens, which is {request.max_tokens}"
         )
-    if message.fork:
-        raise FailedPrecondition("UNSUPPORTED", "fork: forks of a session are not supported", field="fork")
     return request
 
 
@@ -105,7 +104,25 @@ def _uuid(text: str, field: str) -> str:
         raise _invalid(field, "must be a UUID such as 123e4567-e89b-42d3-a456-426614174000") from None
 
 
+def _fork(message: coordinator_pb2.GenerateRequest) -> Fork | None:
+    length = message.fork_len if message.HasField("fork_len") else None
+    if not message.fork:
+        if length is not None:
+            raise _invalid("fork_len", "needs fork")
+        return None
+    if length == 0:
+        raise _invalid("fork_len", "must be at least 1")
+    return Fork(check_session_id(message.session_id), length)
+
+
+def _forked_id(fork: Fork, request_id: str) -> str:
+    """The same for the same request, so that it may be sent again."""
+    return str(uuid.uuid5(uuid.UUID(fork.source_id), request_id))
+
+
 def _model(name: str, limits: Limits) -> str:
+    if not name and len(limits.models) > 1:
+        raise _invalid("model", f"name one of {', '.join(limits.models)}")
     if not name and limits.models:
         return limits.models[0]
     if name and limits.models and name not in limits.models:
@@ -123,6 +140,8 @@ def _input(message: coordinator_pb2.GenerateRequest, limits: Limits) -> TextInpu
         case "tokens":
             _prompt_bytes("tokens.token_ids", 4 * len(message.tokens.token_ids), limits)
             return TokenInput(_token_ids("tokens.token_ids", message.tokens.token_ids, limits))
+    if message.fork:
+        return TokenInput(())
     raise _invalid("input", "must be one of prompt, chat and tokens")
 
 
@@ -155,12 +174,16 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: Limits) -> tuple[in
 
 
 def _stop(message: coordinator_pb2.GenerateRequest) -> tuple[str, ...]:
-    if len(message.stop) > MAX_STOPS:
-        raise _invalid("stop", f"{len(message.stop)} strings exceed the limit of {MAX_STOPS}")
+    _at_most("stop", len(message.stop), MAX_STOPS)
     for text in message.stop:
         if not 1 <= len(text.encode()) <= MAX_STOP_BYTES:
             raise _invalid("stop", f"each string must have 1 to {MAX_STOP_BYTES} bytes")
     return tuple(message.stop)
+
+
+def _stop_token_ids(message: coordinator_pb2.GenerateRequest, limits: Limits) -> tuple[int, ...]:
+    _at_most("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    return tuple(sorted(set(_token_ids("stop_token_ids", message.stop_token_ids, limits))))
 
 
 def _draft(name: str, limits: Limits) -> str:
@@ -179,14 +202,15 @@ def _resume(message: coordinator_pb2.GenerateRequest, max_tokens: int, limits: L
     if not message.HasField("resume"):
         return None
     _within("resume.num_received_tokens", message.resume.num_received_tokens, 0, max_tokens)
-    beyond = _token_ids("resume.tokens_beyond_durable", message.resume.tokens_beyond_durable, limits)
-    if len(beyond) > message.resume.num_received_tokens:
+    if len(message.resume.tokens_beyond_durable) > message.resume.num_received_tokens:
         raise _invalid("resume.tokens_beyond_durable", "has more tokens than resume.num_received_tokens says")
-    return ResumePoint(message.resume.num_received_tokens, beyond)
+    beyond = _token_ids("resume.tokens_beyond_durable", message.resume.tokens_beyond_durable, limits)
+    return ResumePoint(message.resume.num_received_tokens, beyond, message.resume.num_prompt_tokens)
 
 
 def _sampling(message: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:
     """The values in their documented ranges; NaN and infinities are in none of them."""
+    _at_most("sampling.logit_bias", len(message.logit_bias), MAX_LOGIT_BIAS)
     sampling = wire.sampling_from_proto(message)
     _within("sampling.temperature", sampling.temperature, 0, 100)
     _within("sampling.top_p", sampling.top_p, 0, 1, low_open=True)
@@ -194,8 +218,6 @@ def _sampling(message: sampling_pb2.SamplingParams, limits: Limits) -> SamplingP
     _within("sampling.repetition_penalty", sampling.repetition_penalty, 0, 10, low_open=True)
     _within("sampling.presence_penalty", sampling.presence_penalty, -2, 2)
     _within("sampling.frequency_penalty", sampling.frequency_penalty, -2, 2)
-    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
-        raise _invalid("sampling.logit_bias", f"more than {MAX_LOGIT_BIAS} entries")
     _token_ids("sampling.logit_bias", [token_id for token_id, _ in sampling.logit_bias], limits)
     for token_id, bias in sampling.logit_bias:
         _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
@@ -208,6 +230,12 @@ def _within(field: str, value: N, low: float, high: float, *, low_open: bool = F
     if math.isnan(value) or too_low or value > high:
         raise _invalid(field, f"{value} is not in {'(' if low_open else '['}{low}, {high}]")
     return value
+
+
+def _at_most(field: str, num: int, limit: int) -> None:
+    """To be called before the entries are looked at: a message of 16 MB holds millions, and this is the event loop."""
+    if num > limit:
+        raise _invalid(field, f"{num} entries exceed the limit of {limit}")
 
 
 def _invalid(field: str, sentence: str) -> InvalidArgument:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.common.addresses import is_local, is_protected_url
+from services.common.addresses import is_loopback, is_protected_url
 from services.common.config import setting
 from services.common.errors import ConfigError
 from services.common.security_config import SecurityConfig
@@ -26,17 +26,22 @@ from services.common.telemetry_settings import (
 )
 from services.common.tls_files import TlsFiles
 from services.common.values import MAX_DRAFT_TOKENS
+from services.coordinator.committer import Outage
+from services.coordinator.discovery import Source, parse_source
+from services.coordinator.tokenizer_set import parse_tokenizers
 
 AUTO = "auto"
 DEFAULT_DRAFT = "default"
-"""Name of the only draft pool, where it is given none."""
+"""Name of the draft pool of workers that are given none."""
+
+WORKERS_HELP = "each HOST:PORT, dns:///NAME:PORT or kubernetes://NAMESPACE/SERVICE:PORT"
 
 
-class DraftAddress(NamedTuple):
+class DraftPoolConfig(NamedTuple):
     """A draft pool as it is configured."""
 
     name: str
-    address: str
+    sources: tuple[Source, ...]
     weight: float
 
 
@@ -55,13 +60,18 @@ class CoordinatorConfig(SecurityConfig):
     api_keys_file: str = setting("", "File of `outrider keys`; clients then need a key. Read again when it changes.")
     port: int = setting(50051, "Port to listen on; 0 takes a free one.")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "The Redis that holds the sessions.")
-    targets: str = setting("127.0.0.1:50053", "Addresses of target workers, separated by commas.")
+    targets: str = setting("127.0.0.1:50053", f"Target workers, separated by commas, {WORKERS_HELP}.")
     drafts: str = setting(
         "",
-        "Draft pools, separated by commas, each [NAME=]HOST:PORT[@WEIGHT]; empty decodes plainly. Requests that name "
-        "none are spread by the weights.",
+        f"Draft workers, separated by commas, {WORKERS_HELP}, as [POOL=]WORKER[@WEIGHT]; empty decodes plainly. "
+        "Workers of one name are a pool; requests that name none are spread over the pools by their weights.",
     )
-    tokenizer: str = setting("", "Directory with the target's tokenizer.json, or `simulated`.")
+    dns_interval_s: float = setting(5.0, "Seconds after which a dns:/// name is resolved again.")
+    tokenizer: str = setting(
+        "",
+        "Directory with the target's tokenizer.json, or `simulated`; for several models MODEL=DIRECTORY, separated by "
+        "commas.",
+    )
     num_draft_tokens: str = setting(
         AUTO, "Draft tokens a round where a request names none: `auto` takes as many as pay, up to max_draft_tokens."
     )
@@ -71,10 +81,23 @@ class CoordinatorConfig(SecurityConfig):
     session_idle_s: int = setting(3600, "Seconds after which an unused session's record expires.")
     tombstone_s: int = setting(86_400, "Seconds for which a closed session is remembered as closed.")
     heartbeat_ms: int = setting(500, "Milliseconds between signs of life, to clients and in Redis.")
-    propose_timeout_s: float = setting(5.0, "Seconds after which a draft is late and the target goes on alone.")
+    propose_timeout_s: float = setting(
+        5.0,
+        "Seconds after which a draft is late at the latest, and the target goes on alone; learned from its usual time.",
+    )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
     target_retry_s: float = setting(10.0, "Seconds that a generation waits for a lost target to come back.")
-    store_retry_s: float = setting(3.0, "Seconds that commits are retried while Redis does not answer.")
+    redis_outage: str = setting(
+        Outage.CONTINUE.value,
+        "What running generations do while Redis is away: continue, and complete their records when it is back (a "
+        "coordinator that is lost before leaves them short), or stop, resumably.",
+        choices=tuple(outage.value for outage in Outage),
+    )
+    redis_outage_after_s: float = setting(0.5, "Seconds without an answer after which Redis counts as away.")
+    max_client_sessions: int = setting(100_000, "Most sessions of one client; 0 is no limit.")
+    max_client_tokens: int = setting(
+        100_000_000, "Most tokens in all sessions of one client, counting what running requests may add; 0 is no limit."
+    )
     max_unread_tokens: int = setting(256, "Tokens that a client may leave unread before its rounds pause.")
     slow_client_s: float = setting(10.0, "Seconds of such a pause after which the call is aborted.")
     drain_s: float = setting(30.0, "Seconds that running generations get after SIGTERM.")
@@ -87,11 +110,11 @@ class CoordinatorConfig(SecurityConfig):
 
     def __post_init__(self) -> None:
         self.check_security()
-        self._check_peers()
         limits: dict[str, tuple[float, float]] = {
             "port": (0, 65_535),
             "metrics_port": (METRICS_OFF, 65_535),
             "trace_sample": (0, 1),
+            "dns_interval_s": (0.01, 3600),
             "max_draft_tokens": (0, MAX_DRAFT_TOKENS),
             "max_prompt_bytes": (1, 15_000_000),
             "max_generations": (1, 65_536),
@@ -101,7 +124,9 @@ class CoordinatorConfig(SecurityConfig):
             "propose_timeout_s": (0.001, 3600),
             "target_timeout_s": (0.001, 3600),
             "target_retry_s": (0, 3600),
-            "store_retry_s": (0, 3600),
+            "redis_outage_after_s": (0.01, 3600),
+            "max_client_sessions": (0, 1 << 48),
+            "max_client_tokens": (0, 1 << 48),
             "max_unread_tokens": (1, 1_000_000),
             "slow_client_s": (0.001, 3600),
             "drain_s": (0, 86_400),
@@ -109,23 +134,32 @@ class CoordinatorConfig(SecurityConfig):
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise ConfigError(f"{name}: {value} is not between {low} and {high}")
-        if not self.tokenizer:
-            raise ConfigError("tokenizer: name the target's tokenizer directory, or `simulated`")
-        if len(self.target_addresses) != 1:
-            raise ConfigError("targets: exactly one address is supported")
-        self._check_drafts()
+        parse_tokenizers(self.tokenizer)
+        if not self.target_sources:
+            raise ConfigError("targets: name at least one worker")
+        _ = self.draft_pools  # raises what is wrong with them
+        self._check_peers()
         fixed = self.fixed_num_draft_tokens
         if fixed is not None and not 0 <= fixed <= self.max_draft_tokens:
             raise ConfigError(f"num_draft_tokens: {fixed} is not between 0 and {self.max_draft_tokens}")
 
     @property
-    def target_addresses(self) -> tuple[str, ...]:
-        return _addresses(self.targets)
+    def target_sources(self) -> tuple[Source, ...]:
+        return tuple(parse_source("targets", part) for part in _parts(self.targets))
 
     @property
-    def draft_addresses(self) -> tuple[DraftAddress, ...]:
-        parts = _addresses(self.drafts)
-        return tuple(_draft_address(part, DEFAULT_DRAFT if len(parts) == 1 else "") for part in parts)
+    def draft_pools(self) -> tuple[DraftPoolConfig, ...]:
+        """In the order of their first mention."""
+        pools: dict[str, list[_DraftPart]] = {}
+        for text in _parts(self.drafts):
+            part = _draft_part(text)
+            pools.setdefault(part.pool, []).append(part)
+        return tuple(_draft_pool(name, parts) for name, parts in pools.items())
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        """Their directories by model name."""
+        return parse_tokenizers(self.tokenizer)
 
     @property
     def fixed_num_draft_tokens(self) -> int | None:
@@ -141,7 +175,8 @@ class CoordinatorConfig(SecurityConfig):
         """That nothing leaves this machine in plaintext unasked."""
         if self.tls_client_ca and not self.has_tls:
             raise ConfigError("tls_client_ca: clients' certificates need tls_cert, tls_key and tls_ca")
-        remote = [a for a in (*self.target_addresses, *(d.address for d in self.draft_addresses)) if not is_local(a)]
+        sources = (*self.target_sources, *(source for pool in self.draft_pools for source in pool.sources))
+        remote = [source for source in sources if not is_loopback(source.host)]
         if remote and not self.has_tls and not self.insecure:
             raise ConfigError(
                 f"targets, drafts: {remote[0]} is another machine: give tls_cert, tls_key and tls_ca, or --insecure "
@@ -156,27 +191,35 @@ class CoordinatorConfig(SecurityConfig):
         """What clients are served with: their authorities are not those of the workers. Raises ConfigError."""
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca) if self.has_tls else None
 
-    def _check_drafts(self) -> None:
-        names = [draft.name for draft in self.draft_addresses]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"drafts: {name} is the name of several pools")
+
+class _DraftPart(NamedTuple):
+    pool: str
+    source: Source
+    weight: float | None
 
 
-def _addresses(text: str) -> tuple[str, ...]:
+def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _draft_address(text: str, default_name: str) -> DraftAddress:
-    """Of [NAME=]HOST:PORT[@WEIGHT]. Without a name it is the only one's, else the address. Raises ConfigError."""
+def _draft_part(text: str) -> _DraftPart:
+    """Of [POOL=]WORKER[@WEIGHT]. Raises ConfigError."""
     name, _, rest = text.rpartition("=")
-    address, _, weight_text = rest.partition("@")
+    worker, at, weight_text = rest.partition("@")
+    source = parse_source("drafts", worker.strip())
+    if not at:
+        return _DraftPart(name.strip() or DEFAULT_DRAFT, source, None)
     try:
-        weight = float(weight_text or 1)
+        weight = float(weight_text)
     except ValueError:
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise ConfigError(f"drafts: {text!r}: the weight must be a number, 0 or more")
-    if not address:
-        raise ConfigError(f"drafts: {text!r} has no address")
-    return DraftAddress(name.strip() or default_name or address, address.strip(), weight)
+    return _DraftPart(name.strip() or DEFAULT_DRAFT, source, weight)
+
+
+def _draft_pool(name: str, parts: list[_DraftPart]) -> DraftPoolConfig:
+    weights = {part.weight for part in parts if part.weight is not None}
+    if len(weights) > 1:
+        raise ConfigError(f"drafts: the pool {name} has several weights")
+    return DraftPoolConfig(name, tuple(part.source for part in parts), weights.pop() if weights else 1.0)

@@ -15,25 +15,34 @@ from dataclasses import dataclass, replace
 
 from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
-from services.common.session_store import SessionRecord, SessionStore, unknown_session
+from services.common.session_record import RecordMoved, SessionRecord
+from services.common.session_store import SessionStore, unknown_session
+from services.common.session_usage import SessionUsage
 from services.common.tracing import NO_TRACER, Span, Tracer
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
 from services.coordinator.generation import Generation, Timeouts
+from services.coordinator.journal import Journal
 from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tally import CoordinatorTally, Kind
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.tokenizer_set import TokenizerSet
+from services.coordinator.unbroken import unbroken
 
 log = logging.getLogger(__name__)
 
+_MAX_OPENINGS = 3
+"""Tries to open a session whose record moves on while it is read; the second is fenced against its old owner."""
 _ENDING_S = 0.2
-"""What a generation may take to end after its client went away, before the next request is told that it is busy."""
+"""What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
+_OPENING_S = 5.0
+"""What openings may take to end when the coordinator stops: more than the store takes to answer, or to be given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +72,23 @@ class Coordinator:
         self,
         config: CoordinatorConfig,
         *,
-        tokenizer: Tokenizer,
+        tokenizers: TokenizerSet,
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        usage: SessionUsage,
         tally: CoordinatorTally,
         tracer: Tracer = NO_TRACER,
     ) -> None:
         self._tracer = tracer
         self._config = config
         self._tally = tally
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._placement = placement
         self._store = store
         self._committer = committer
-        self._opener = SessionOpener(store, tokenizer)
+        self._usage = usage
+        self._opener = SessionOpener(store, usage, placement)
         self._running: dict[str, _Running] = {}
         self._opening: dict[str, str] = {}
         """Sessions that are being opened, and the keys' owners who do."""
@@ -92,9 +103,11 @@ class Coordinator:
     async def aclose(self) -> None:
         """Stops at once whatever still runs; streams end with Unavailable MOVED."""
         self._draining = True
+        await wait_until(lambda: not self._opening, _OPENING_S)
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
         await end_tasks(*self._hearts)
+        await self._usage.flush()
         await self._committer.aclose()
         await self._placement.aclose()
 
@@ -136,13 +149,11 @@ class Coordinator:
         ids = {"session_id": request.session_id, "request_id": request.request_id}
         with self._tracer.start("outrider.generate", traceparent, **ids) as span:
             await self._let_end(request)
-            with self._reserve(request), span.child("outrider.open"):
-                stream = await self._open(request, arrived_ns, span)
+            stream = await unbroken(self._open_reserved(request, arrived_ns, span), _end)
             try:
                 yield stream
             finally:
-                if stream.generation is not None:
-                    await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+                await _end(stream)
 
     async def get(self, session_id: str, owner_key: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
@@ -158,6 +169,7 @@ class Coordinator:
         if running := self._running.get(session_id):
             await running.generation.stop(None)
         await self._store.close(session_id, owner_key)
+        self._usage.note(owner_key, session_id, None)
 
     def _check_owner(self, session_id: str, owner_key: str) -> None:
         """Of a session that is in use here; of all others the store knows it."""
@@ -174,8 +186,11 @@ class Coordinator:
             raise
 
     async def _let_end(self, request: GenerationRequest) -> None:
-        """A client that leaves a stream and sends the next turn at once may overtake the news that it left."""
-        running = self._running.get(request.session_id)
+        """A client that leaves a stream and comes again at once may overtake the news that it left."""
+        session_id = request.session_id
+        if session_id in self._opening:
+            await wait_until(lambda: session_id not in self._opening, _ENDING_S)
+        running = self._running.get(session_id)
         if running and running.request_id != request.request_id:
             await running.generation.wait(_ENDING_S)
 
@@ -203,61 +218,92 @@ class Coordinator:
         finally:
             del self._opening[session_id]
 
+    async def _open_reserved(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
+        with self._reserve(request), span.child("outrider.open"):
+            return await self._open(request, arrived_ns, span)
+
     async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
-            self._choose(request)
+            self._placement.check(request.model)
         if running := self._running.get(request.session_id):
-            self._choose(request)  # what cannot be continued is not ended
+            self._placement.check(request.model)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
-        record = await self._store.load(request.session_id, request.owner_key)
-        if record and record.request_id == request.request_id:
-            check_same_request(request, record.request_digest)
-            if record.finish_reason:
-                return self._finished(request, record)
-        placed = self._choose(request)
-        opened = await self._opener.open(request, placed, record)
-        return self._run(request, placed, opened, arrived_ns, span)
+        self._check_store(request.session_id)
+        for _ in range(_MAX_OPENINGS):
+            record = await self._store.load(request.session_id, request.owner_key)
+            if record and record.request_id == request.request_id:
+                check_same_request(request, record.request_digest)
+                if record.finish_reason:
+                    return await self._finished(request, record)
+            source = await self._source(request) if record is None else None
+            try:
+                opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
+            except RecordMoved:
+                continue
+            try:
+                return await self._run(request, opened, arrived_ns, span)
+            except BaseException:
+                opened.placed.release()
+                raise
+        raise busy(request.session_id)
 
-    def _choose(self, request: GenerationRequest) -> Placed:
-        return self._placement.choose(request.num_draft_tokens, request.draft, request.session_id)
+    def _check_store(self, session_id: str) -> None:
+        """Raises Unavailable where the store is away, or lacks tokens of the session that went out from here."""
+        if self._committer.away or self._committer.is_behind(session_id):
+            message = "the session store does not answer, or lacks what is still to be written"
+            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=500)
 
-    def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
+    async def _source(self, request: GenerationRequest) -> SessionRecord | None:
+        """The record of which the request's new session shall be a copy."""
+        if request.fork is None:
+            return None
+        source_id = request.fork.source_id
+        source = await self._store.load(source_id, request.owner_key)
+        if source is None:
+            raise unknown_session(source_id)
+        return source
+
+    async def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
         output = self._new_output()
         prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
-        trimmer = new_trimmer(request, self._tokenizer, prompt, len(generated))
+        trimmer = new_trimmer(request, self._tokenizers.get(request.model), prompt, len(generated))
         origins = record.origins[record.prompt_len :]
-        past = replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
+        past = await replay(trimmer, generated, origins, record.log_probs, request.num_top_log_probs)
         output.put(past.since(request.resume.num_received_tokens if request.resume else 0), len(generated))
         if record.finish_reason:
             output.end(record.finish_reason, GenerationStatistics.from_json(record.statistics))
         return Stream(_started(request, prompt, record.seed), output)
 
-    def _run(self, request: GenerationRequest, placed: Placed, opened: Opened, arrived_ns: int, span: Span) -> Stream:
-        plan, output = replace(opened.plan, traceparent=span.traceparent), self._new_output()
+    async def _run(self, request: GenerationRequest, opened: Opened, arrived_ns: int, span: Span) -> Stream:
+        placed, output = opened.placed, self._new_output(len(opened.generated))
+        plan = replace(opened.plan, traceparent=span.traceparent)
+        tokenizer = self._tokenizers.get(request.model)
         tokens = [*opened.prompt, *opened.generated]
-        trimmer = new_trimmer(request, self._tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
-        past = replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
+        trimmer = new_trimmer(request, tokenizer, opened.prompt, plan.max_len - plan.prompt_len)
+        past = await replay(trimmer, opened.generated, opened.origins, opened.log_probs, plan.num_top_log_probs)
         unread = past.since(request.resume.num_received_tokens if request.resume else 0)
         if unread.token_ids or unread.tail:
             output.put(replace(unread, finish=None), len(opened.generated))
         generation = Generation(
             plan,
             tokens,
-            links=placed.links,
+            routes=placed.routes,
             trimmer=trimmer,
-            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, len(tokens)),
+            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, opened.copy),
             output=output,
             statistics=StatisticsCollector(
                 arrived_ns=arrived_ns,
                 lossy=plan.verification.lossy,
                 num_replaced_tokens=opened.num_replaced_tokens,
                 draft=placed.pool.name if placed.pool else "",
-                draft_counts=placed.pool.counts if placed.pool else None,
+                draft_counts=placed.share.counts if placed.share else None,
                 tally=self._tally.of(Kind(request.model, placed.pool.name if placed.pool else "")),
             ),
             timeouts=Timeouts(
-                self._config.propose_timeout_s, self._config.target_timeout_s, self._config.target_retry_s
+                placed.share.deadline if placed.share else ProposeDeadline(self._config.propose_timeout_s),
+                self._config.target_timeout_s,
+                self._config.target_retry_s,
             ),
             length=_draft_length(plan, placed),
             finish=past.finish,
@@ -265,15 +311,20 @@ class Coordinator:
         )
         running = _Running(request.request_id, request.owner_key, request.digest, generation, output)
         self._running[request.session_id] = running
-        generation.start().add_done_callback(lambda _: self._forget(request.session_id, running))
+        generation.start().add_done_callback(lambda _: self._forget(request, running, len(tokens)))
         return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)
 
-    def _forget(self, session_id: str, running: _Running) -> None:
-        if self._running.get(session_id) is running:
-            del self._running[session_id]
+    def _forget(self, request: GenerationRequest, running: _Running, num_tokens: int) -> None:
+        if self._running.get(request.session_id) is running:
+            del self._running[request.session_id]
+            self._usage.note(request.owner_key, request.session_id, num_tokens)
 
-    def _new_output(self) -> Output:
-        return Output(max_unread_tokens=self._config.max_unread_tokens, slow_client_s=self._config.slow_client_s)
+    def _new_output(self, durable_len: int = 0) -> Output:
+        return Output(
+            max_unread_tokens=self._config.max_unread_tokens,
+            slow_client_s=self._config.slow_client_s,
+            durable_len=durable_len,
+        )
 
     async def _beat_streams(self) -> None:
         """Signs of life to clients whose streams are quiet."""
@@ -283,16 +334,23 @@ class Coordinator:
                 running.output.tick()
 
     async def _beat_store(self) -> None:
-        """Signs of life in the store; a store that is away is noticed by the commits."""
+        """Signs of life in the store, and what sessions hold; a store that is away is noticed by the commits."""
         while True:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
+                await self._usage.flush()
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
 
 
+async def _end(stream: Stream) -> None:
+    """Nobody reads the stream any more."""
+    if stream.generation is not None:
+        await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+
+
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:
-    if plan.adaptive and placed.pool:
-        return AdaptiveLength(placed.pool.policy, plan.num_draft_tokens)
+    if plan.adaptive and placed.share:
+        return AdaptiveLength(placed.share.policy, plan.num_draft_tokens)
     return FixedLength(plan.num_draft_tokens)
 
 

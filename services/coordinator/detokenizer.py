@@ -44,9 +44,12 @@ class ByteTextStream:
 class WindowTextStream:
     """For vocabularies where a token's text depends on its neighbours (SentencePiece): decodes a short sliding window.
 
-    The text of a token is what it adds to the decoding of the window before it. `context` are the last tokens of the
-    prompt, so that a leading space survives. Whatever decodes to a text ending in U+FFFD is held back, for at most
-    `MAX_HELD_TOKENS` tokens: no character takes more.
+    The text of a token is what it adds to the decoding of the window before it. `context` are the tokens of the prompt,
+    whose last ones begin the window, so that a leading space survives. Whatever decodes to a text ending in U+FFFD is
+    held back, for at most `MAX_HELD_TOKENS` tokens: no character takes more. The window begins with a whole character:
+    decoders make U+FFFD of every byte token in a row of which one character is incomplete.
+
+        window   [ text is out )[ held back )
     """
 
     MAX_HELD_TOKENS = 4
@@ -55,9 +58,7 @@ class WindowTextStream:
     def __init__(self, decode: Callable[[list[int]], str], hidden: frozenset[int], context: Sequence[int]) -> None:
         self._decode = decode
         self._hidden = hidden
-        self._window = [token_id for token_id in context if token_id not in hidden][-self.NUM_CONTEXT_TOKENS :]
-        self._num_done = len(self._window)
-        self._done_text = decode(self._window)
+        self._begin_with([token_id for token_id in context if token_id not in hidden])
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden:
@@ -78,10 +79,17 @@ class WindowTextStream:
             if text.startswith(self._done_text)
             else text[_common_len(text, self._done_text) :]
         )
-        self._window = self._window[-self.NUM_CONTEXT_TOKENS :]
-        self._num_done = len(self._window)
-        self._done_text = self._decode(self._window)
+        self._begin_with(self._window)
         return new
+
+    def _begin_with(self, done: list[int]) -> None:
+        """The window's first tokens: the last NUM_CONTEXT_TOKENS, and those before them of the same character."""
+        for num in range(self.NUM_CONTEXT_TOKENS, self.NUM_CONTEXT_TOKENS + self.MAX_HELD_TOKENS):
+            self._window = done[-num:]
+            self._num_done = len(self._window)
+            self._done_text = self._decode(self._window)
+            if not self._done_text.startswith("\ufffd"):
+                break
 
 
 def _common_len(one: str, other: str) -> int:

@@ -23,6 +23,7 @@ each that changed nothing, up to MAX_BACKOFF times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -114,7 +115,7 @@ def best_choice(
 ) -> Choice:
     """The lengths of the highest rate, if it is `margin` times that of decoding alone.
 
-    `survivals` may be those of a part of the `num_sequences`, which then stand for all. `fill` is the share of the
+    `survivals` may be those of more or fewer than the `num_sequences`, for which they stand. `fill` is the share of the
     tokens asked for that are proposed.
     """
     scale = num_sequences / len(survivals)
@@ -141,14 +142,17 @@ def best_choice(
 
 
 class LengthPolicy:
-    """Of all sequences that one draft pool drafts for and one target verifies."""
+    """Of all sequences that one draft pool drafts for and the targets of one model verify, spread evenly over them."""
 
-    def __init__(self, num_target_sequences: Callable[[], int] = lambda: 0) -> None:
-        """`num_target_sequences`: on the target, other coordinators' included."""
+    def __init__(
+        self, num_target_sequences: Callable[[], int] = lambda: 0, num_targets: Callable[[], int] = lambda: 1
+    ) -> None:
+        """`num_target_sequences`: on a target, other coordinators' included."""
         self.acceptance = PoolAcceptance()
         self.cost = RoundCost()
         self.probes = Probes()
         self._num_target_sequences = num_target_sequences
+        self._num_targets = num_targets
         self._fill = Mean(1.0, 1)
         self._sequences: dict[int, AdaptiveLength] = {}
         self._choice = Choice(PROBE_LEN)
@@ -156,7 +160,9 @@ class LengthPolicy:
 
     @property
     def num_sequences(self) -> int:
-        return max(1, len(self._sequences), self._num_target_sequences())
+        """On a target."""
+        own = math.ceil(len(self._sequences) / max(1, self._num_targets()))
+        return max(1, own, self._num_target_sequences())
 
     @property
     def choice(self) -> Choice:

@@ -1,7 +1,8 @@
-"""One generation's sequence on its draft worker: opened, told of commits, asked for proposals, lost and opened again.
+"""One generation's sequence on a draft worker: opened, told of commits, asked for proposals, lost, and opened again.
 
-Owns: what the draft has been told, and when to try again. Must not know: verification, the store, the client.
-A draft is only a hint: nothing here raises because of the draft, and nothing waits for it but `propose`.
+Owns: what the draft has been told, and when to try again. Must not know: verification, the store, the client, which
+draft is next (its route does). A draft is only a hint: nothing here raises because of the draft, and nothing waits for
+it but `propose`. While another draft is being opened, the target decodes alone.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
-from services.common.errors import InvalidArgument, OutriderError
+from services.common.errors import DeadlineExceeded, InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
 from services.common.values import Proposal, WorkerInfo
-from services.coordinator.link import Link
+from services.coordinator.feature_relay import FeatureRelay
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
+from services.coordinator.route import Route
 from services.coordinator.worker_link import Lane
 
 log = logging.getLogger(__name__)
 
-DraftLink = Link[DraftItem, DraftResult]
+DraftRoute = Route[DraftItem, DraftResult]
 
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
@@ -31,22 +34,22 @@ _NOTE_LEN = 16
 class DraftSequence:
     """`tokens` is the generation's own list of committed tokens; it only grows, and is only read here.
 
-    `on_ready` is called when the draft becomes ready to propose, possibly many times. Without a link it never does.
+    `on_ready` is called when the draft becomes ready to propose, possibly many times. Without a route it never does.
     """
 
     def __init__(
         self,
-        link: DraftLink | None,
+        route: DraftRoute | None,
         plan: GenerationPlan,
         tokens: Sequence[int],
         *,
-        timeout_s: float,
+        deadline: ProposeDeadline,
         on_ready: Callable[[], None],
     ) -> None:
-        self._link = link if plan.num_draft_tokens else None
+        self._route = route
         self._plan = plan
         self._tokens = tokens
-        self._timeout_s = timeout_s
+        self._deadline = deadline
         self._on_ready = on_ready
         self._lane: Lane[DraftItem, DraftResult] | None = None
         self._ready = False
@@ -56,12 +59,16 @@ class DraftSequence:
         self._num_proposals = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._retry: asyncio.TimerHandle | None = None
+        self._info: WorkerInfo | None = None
+        """Of the worker that it was last opened on."""
         self.num_cached_tokens = 0
+        self.features = FeatureRelay()
+        """Of the newest committed tokens; the generation adds what the target tells."""
 
     @property
     def wanted(self) -> bool:
         """Whether this generation uses a draft at all."""
-        return self._link is not None
+        return self._route is not None
 
     @property
     def ready(self) -> bool:
@@ -74,16 +81,18 @@ class DraftSequence:
 
     @property
     def instance_id(self) -> str:
-        info = self._link.info if self._link else None
-        return info.instance_id if info else ""
+        return self._info.instance_id if self._info else ""
 
     def open(self) -> None:
-        """Opens the sequence if the worker is there and takes nothing else; else tries again later."""
+        """Opens the sequence where a worker takes it, else tries again later."""
         self._retry = None
-        link = self._link
-        if link is None or link.info is None or not link.up or link.load.draining:
+        if self._route is None:
+            return
+        link = self._route.link if self._route.place() else None
+        if link is None or link.info is None or not link.up:
             self._try_later()
             return
+        self._info = link.info
         if self._is_outgrown(link.info):
             self.close()
             return
@@ -93,6 +102,7 @@ class DraftSequence:
         self._lane.on_result, self._lane.on_broken = self._on_result, self._lose
         self._lane.send(self._plan.draft_open(identity, self._tokens, link.info.max_sequence_len))
         self._told_len = len(self._tokens)
+        self.features.rewind()
 
     async def propose(self, round_number: int, num_draft_tokens: int, parent_span_id: int = 0) -> Proposed | None:
         """At most `num_draft_tokens` valid tokens behind the committed ones.
@@ -100,23 +110,28 @@ class DraftSequence:
         None if the draft is late, lost, refuses, sends what is no such proposal, or is too short for the sequence.
         """
         self._close_if_outgrown()
-        lane, info = self._lane, self._link.info if self._link else None
-        if lane is None or info is None:
+        self._move_if_draining()
+        lane, info = self._lane, self._info
+        if lane is None or info is None or not self._ready:
             return None
         num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
         self._round = round_number
         self._tell(num_draft_tokens, parent_span_id)
+        started_s = asyncio.get_running_loop().time()
         try:
             while True:
-                result = await lane.receive(self._timeout_s)
+                result = await lane.receive(self._deadline.seconds(num_draft_tokens))
                 if isinstance(result, Refused):
                     raise result.error
                 if self._is_awaited(result):
                     self._check(result.proposal, num_draft_tokens)
-                    self._backoff_s = _FIRST_BACKOFF_S
+                    self._deadline.arrived(num_draft_tokens, asyncio.get_running_loop().time() - started_s)
+                    self._succeeded()
                     self.num_cached_tokens = result.num_cached_tokens
                     return result
         except OutriderError as error:
+            if isinstance(error, DeadlineExceeded):
+                self._deadline.was_late()
             if self._lane is lane:  # else the broken stream has told already
                 self._lose(error)
         return None
@@ -125,13 +140,16 @@ class DraftSequence:
         """While the target decodes alone: tells the draft of commits now and then, so that it can catch up."""
         self._round = round_number
         self._close_if_outgrown()
+        self._move_if_draining()
         if self._lane is not None and len(self._tokens) - self._told_len >= _NOTE_LEN:
             self._tell(0)
 
     def close(self) -> None:
         """Frees the sequence. Nothing is called back afterwards."""
-        self._link = None
         self._drop()
+        if self._route is not None:
+            self._route.close()
+            self._route = None
 
     def _tell(self, num_draft_tokens: int, parent_span_id: int = 0) -> None:
         if self._lane is None:
@@ -140,7 +158,8 @@ class DraftSequence:
         base_len = len(self._tokens)
         committed = tuple(self._tokens[self._told_len :])
         identity = self._plan.identity(self._attempt, self._round, base_len)
-        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals, parent_span_id))
+        features = self.features.take()
+        self._lane.send(Propose(identity, committed, num_draft_tokens, self._num_proposals, parent_span_id, features))
         self._told_len = base_len
 
     def _on_result(self, result: DraftResult) -> bool:
@@ -172,10 +191,18 @@ class DraftSequence:
         return info.max_sequence_len < len(self._tokens) + 2
 
     def _close_if_outgrown(self) -> None:
-        if self._link is not None and self._link.info is not None and self._is_outgrown(self._link.info):
+        if self._lane is not None and self._info is not None and self._is_outgrown(self._info):
             self.close()
 
+    def _move_if_draining(self) -> None:
+        if self._lane is not None and self._route is not None and self._route.should_move:
+            log.info("session %s leaves the %s", self._plan.session_id, self._route.link)
+            self._drop()
+            self._route.leave()
+            self.open()
+
     def _lose(self, error: OutriderError) -> None:
+        """Goes on without; another draft is tried at once, those that have failed after a while."""
         log.info(
             "session %s decodes without a draft for now: %s",
             self._plan.session_id,
@@ -183,7 +210,18 @@ class DraftSequence:
             extra=self._plan.log_fields(self._round),
         )
         self._drop()
-        self._try_later()
+        if self._route is None:
+            return
+        self._route.lost(error)
+        if self._route.place():
+            self._retry = asyncio.get_running_loop().call_later(0, self.open)
+        else:
+            self._try_later()
+
+    def _succeeded(self) -> None:
+        self._backoff_s = _FIRST_BACKOFF_S
+        if self._route is not None:
+            self._route.succeeded()
 
     def _drop(self) -> None:
         lane, self._lane, self._ready = self._lane, None, False
@@ -195,6 +233,11 @@ class DraftSequence:
             self._retry = None
 
     def _try_later(self) -> None:
-        if self._link is not None:
-            self._retry = asyncio.get_running_loop().call_later(self._backoff_s, self.open)
+        if self._route is not None:
+            self._retry = asyncio.get_running_loop().call_later(self._backoff_s, self._open_anywhere)
             self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)
+
+    def _open_anywhere(self) -> None:
+        if self._route is not None:
+            self._route.forgive()
+        self.open()

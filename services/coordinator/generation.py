@@ -2,7 +2,8 @@
 
 Owns: the order propose, verify, trim, commit, emit, and the choice between a round and plain decoding.
 Must not know: protobuf, Redis, how a session was found. Everything it needs is handed to it.
-Invariant: tokens are emitted in order, once, and only after the store acknowledged them.
+Invariant: tokens are emitted in order, once, and only when the journal releases them: as soon as they are stored, or
+while the store is away.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.common.errors import Internal, OutriderError
+from services.common.errors import NEWEST_EPOCH, Internal, OutriderError, Unavailable
 from services.common.items import Tokens
-from services.common.session_store import KvHandle
+from services.common.session_record import KvHandle
 from services.common.tracing import NO_SPAN, Span
 from services.common.values import FinishReason, TokenOrigin
-from services.coordinator.committer import Journal
 from services.coordinator.draft_length import DraftLength
-from services.coordinator.draft_sequence import DraftLink, DraftSequence
+from services.coordinator.draft_sequence import DraftRoute, DraftSequence
+from services.coordinator.journal import Journal
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
-from services.coordinator.target_sequence import TargetLink, TargetLost, TargetSequence
+from services.coordinator.target_sequence import TargetLost, TargetRoute, TargetSequence
 from services.coordinator.trim import Trimmed, Trimmer, pack_log_probs
 
 log = logging.getLogger(__name__)
@@ -34,17 +36,17 @@ log = logging.getLogger(__name__)
 class Timeouts:
     """How long a generation waits for its workers."""
 
-    propose_s: float
+    propose: ProposeDeadline
     target_s: float
     target_retry_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """The workers that a generation is placed on."""
+class Routes:
+    """The ways to the workers that a generation is placed on; closed by it in the end."""
 
-    target: TargetLink
-    draft: DraftLink | None
+    target: TargetRoute
+    draft: DraftRoute | None
 
 
 class Generation:
@@ -59,7 +61,7 @@ class Generation:
         plan: GenerationPlan,
         tokens: list[int],
         *,
-        links: Links,
+        routes: Routes,
         trimmer: Trimmer,
         journal: Journal,
         output: Output,
@@ -78,19 +80,21 @@ class Generation:
         self._statistics = statistics
         self._span = span
         self._target = TargetSequence(
-            links.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
+            routes.target, plan, tokens, timeout_s=timeouts.target_s, retry_s=timeouts.target_retry_s
         )
         self._draft = DraftSequence(
-            links.draft, plan, tokens, timeout_s=timeouts.propose_s, on_ready=self._interrupt_for_draft
+            routes.draft, plan, tokens, deadline=timeouts.propose, on_ready=self._interrupt_for_draft
         )
         self._length = length
         self._clock = clock
         self._lap_started_ns = 0
         self._finish = finish
+        self._recorded_handles = ("", "")
+        self._begun = False
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
-        journal.on_failure = self._abandon
+        journal.on_failure = self._on_refusal
 
     @property
     def has_emitted(self) -> bool:
@@ -116,13 +120,14 @@ class Generation:
             self._abandon(error)
         if self._task is not None:
             await asyncio.wait([self._task])  # unlike gather: who waits may be cancelled, the generation's end not
-            if self._task.cancelled():  # before its first step
-                self._end_stopped()
 
     async def _run(self) -> None:
+        self._begun = True
         try:
+            if self._abandoned:
+                raise asyncio.CancelledError
             if self._finish is not None:
-                await self._commit_and_emit(self._trimmer.trim((), ()))
+                self._commit_and_emit(self._trimmer.trim((), ()))
             else:
                 await self._loop()
             await self._journal.drain()
@@ -130,24 +135,38 @@ class Generation:
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
-            self._fail(error)
+            self._fail(await self._explained(error))
         except Exception:
             fields = self._plan.log_fields(self._target.round)
             log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
-            self._target.close()
-            self._draft.close()
-            self._length.close()
+            self._close_sequences()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})
             await self._journal.settle()
+
+    def _close_sequences(self) -> None:
+        self._target.close()
+        self._draft.close()
+        self._length.close()
 
     def _end_stopped(self) -> None:
         if self._stop_error is not None:
             self._fail(self._stop_error)
         else:
             self._end(FinishReason.CLOSED)
+
+    async def _explained(self, error: OutriderError) -> OutriderError:
+        """Where a worker knows a newer epoch and the store does not, data was lost and a clock went back: the session
+        is still this owner's, and may be resumed under an epoch beyond the worker's."""
+        if NEWEST_EPOCH not in error.metadata:
+            return error
+        self._journal.note({"worker_epoch": error.metadata[NEWEST_EPOCH]})
+        await self._journal.settle()
+        if self._journal.failure is not None or not self._journal.is_complete:
+            return error
+        return Unavailable("MOVED", "a worker knows a newer lease of the session; resume", retry_after_ms=100)
 
     def _end(self, finish: FinishReason) -> None:
         self._statistics.finished(finish)
@@ -168,9 +187,11 @@ class Generation:
     async def _loop(self) -> None:
         self._draft.open()
         await self._open_target()
+        self._recorded_handles = self._instance_ids
         while self._finish is None:
             await self._pause_for_slow_client()
             try:
+                self._move_if_draining()
                 await self._advance()
             except TargetLost as lost:
                 await self._target.reopen(lost)
@@ -180,6 +201,13 @@ class Generation:
             self._target.open()
         except OutriderError as error:
             await self._target.reopen(TargetLost(error))
+
+    def _move_if_draining(self) -> None:
+        if self._target.should_move:
+            try:
+                self._target.move()
+            except OutriderError as error:
+                raise TargetLost(error) from error
 
     async def _advance(self) -> None:
         """A round where the draft is ready and is expected to pay; else decoding."""
@@ -199,7 +227,7 @@ class Generation:
             span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
-        await self._commit_and_emit(kept)
+        self._commit_and_emit(kept)
 
     async def _decode(self) -> None:
         """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
@@ -220,15 +248,16 @@ class Generation:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
                 self._length.decoded(decoded, self._lap_ns())
-                await self._commit_and_emit(kept)
+                self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
-            if self._output.full or self._num_draft_tokens:
+            if self._output.full or self._num_draft_tokens or self._target.should_move:
                 self._target.interrupt()
 
     @property
     def _num_draft_tokens(self) -> int:
         """Of the next round, behind which there is room for the target's own token; 0: none is to be drafted."""
-        return self._length.choose(self._num_remaining - 1) if self._draft.ready else 0
+        limit = min(self._num_remaining - 1, self._target.max_draft_tokens)
+        return self._length.choose(limit) if self._draft.ready else 0
 
     def _interrupt_for_draft(self) -> None:
         if self._num_draft_tokens:
@@ -240,17 +269,20 @@ class Generation:
         kept = self._trimmer.trim(result.token_ids, origins, result.log_probs, result.top_log_probs)
         self._finish = kept.finish
         self._tokens += kept.token_ids
+        self._draft.features.add(result, len(kept.token_ids))
         return kept
 
-    async def _commit_and_emit(self, kept: Trimmed) -> None:
-        """Hands tokens to the committer; they go out when they are durable, while the next round runs."""
+    def _commit_and_emit(self, kept: Trimmed) -> None:
+        """Hands tokens to the journal; they go out when they are durable, while the next round runs."""
         fields: dict[str, str] = {}
+        if self._recorded_handles != self._instance_ids:
+            self._recorded_handles, fields = self._instance_ids, self._handles()
         if kept.finish is not None:
             statistics = self._snapshot().to_json()
             fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
             fields |= {"reply": self._trimmer.text, **self._handles()}
         log_probs = pack_log_probs(kept, self._plan.num_top_log_probs)
-        await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
+        self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
         self._statistics.emitted(len(kept.token_ids))
@@ -261,11 +293,16 @@ class Generation:
             await self._output.writable()
             self._lap_ns()
 
+    def _on_refusal(self, error: OutriderError) -> None:
+        """The session is not this generation's any more, or the store is away and it shall not go on without."""
+        self._abandon(None if error.reason == "SESSION_CLOSED" else error)
+
     def _abandon(self, error: OutriderError | None) -> None:
         """Ends the loop at its present await; only the first call counts."""
         if self._task is not None and not self._abandoned:
             self._abandoned, self._stop_error = True, error
-            self._task.cancel()
+            if self._begun:  # a task that is cancelled before its first step would release nothing
+                self._task.cancel()
 
     def _lap_ns(self) -> int:
         """Time since the last call: a round's wall time, with whatever kept it from starting."""
@@ -281,6 +318,10 @@ class Generation:
         return self._statistics.snapshot(
             num_prompt_tokens=self._plan.prompt_len, num_generated_tokens=len(self._tokens) - self._plan.prompt_len
         )
+
+    @property
+    def _instance_ids(self) -> tuple[str, str]:
+        return self._target.instance_id, self._draft.instance_id
 
     def _handles(self) -> dict[str, str]:
         """Where the caches lie; only committed tokens count."""

@@ -5,6 +5,7 @@ Owns: that seam. Must not know: whether one channel stands behind it or, while c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from services.common.errors import OutriderError
@@ -19,6 +20,9 @@ ResultT = TypeVar("ResultT", bound=TargetResult | DraftResult)
 class Link(Protocol[ItemT, ResultT]):
     """As services.coordinator.worker_link.WorkerLink, whose docstrings say what each is."""
 
+    on_change: Callable[[], None]
+    on_broken: Callable[[], None]
+
     @property
     def address(self) -> str: ...
 
@@ -27,6 +31,9 @@ class Link(Protocol[ItemT, ResultT]):
 
     @property
     def load(self) -> WorkerLoad: ...
+
+    @property
+    def num_foreign(self) -> int: ...
 
     @property
     def up(self) -> bool: ...

@@ -39,15 +39,18 @@ class Chunk:
 
 
 class Output:
-    """Unread tokens of one stream. Iterating gives chunks until the generation finishes, or raises why it failed."""
+    """Unread tokens of one stream. Iterating gives chunks until the generation finishes, or raises why it failed.
 
-    def __init__(self, *, max_unread_tokens: int, slow_client_s: float) -> None:
+    `durable_len` tokens are durable before anything is put.
+    """
+
+    def __init__(self, *, max_unread_tokens: int, slow_client_s: float, durable_len: int = 0) -> None:
         self._max_unread_tokens = max_unread_tokens
         self._slow_client_s = slow_client_s
         self._kept: list[Trimmed] = []
         self._last: Trimmed | None = None
         self._num_unread_tokens = 0
-        self._durable_len = 0
+        self._durable_len = durable_len
         self._heartbeat = False
         self._quiet = False
         self._finish: FinishReason | None = None
@@ -113,8 +116,7 @@ class Output:
             kept, self._kept = tuple(self._kept), []
             self._num_unread_tokens = 0
             self._heartbeat = self._quiet = False
-            if not self.full:
-                _wake(self._writer)
+            _wake(self._writer)
             finish = self._finish
             if kept or finish or not self._error:
                 yield Chunk(kept, self._durable_len, finish, self._statistics)

@@ -36,8 +36,12 @@ class GenerationPlan:
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
     cache_salt: bytes = b""
+    fork: int = 0
+    """The noise fork: sessions that are copies of one another draw differently from one seed."""
     traceparent: str = ""
     """The generation's trace; empty: it is not traced."""
+    features: bool = False
+    """Whether the draft uses the target's features."""
 
     def identity(self, attempt: int, round_number: int, base_len: int) -> Identity:
         return Identity(self.session_id, self.lease_epoch, attempt, round_number, base_len)
@@ -47,7 +51,7 @@ class GenerationPlan:
         return work_fields(self.session_id, round_number, trace_id_of(self.traceparent))
 
     def target_open(self, identity: Identity, tokens: Sequence[int]) -> Open:
-        return self._open(identity, tokens, self.sampling, self.max_len)
+        return replace(self._open(identity, tokens, self.sampling, self.max_len), features=self.features)
 
     def draft_open(self, identity: Identity, tokens: Sequence[int], max_sequence_len: int) -> Open:
         """Under rejection the draft gets a derived seed: it must not know the target's noise."""
@@ -69,6 +73,7 @@ class GenerationPlan:
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
             cache_salt=self.cache_salt,
+            fork=self.fork,
             traceparent=self.traceparent,
         )
 

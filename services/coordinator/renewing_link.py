@@ -41,7 +41,9 @@ class RenewingLink(Generic[ItemT, ResultT]):
         self.address = address
         self._channels = channels
         self._look_s = look_s
-        self._new_link: Callable[[], WorkerLink[ItemT, ResultT]] = lambda: WorkerLink(address, codec, channels)
+        self._codec = codec
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_broken: Callable[[], None] = lambda: None
         self._link = self._new_link()
         self._version = channels.version
         self._old: list[WorkerLink[ItemT, ResultT]] = []
@@ -57,6 +59,11 @@ class RenewingLink(Generic[ItemT, ResultT]):
     @property
     def load(self) -> WorkerLoad:
         return self._link.load
+
+    @property
+    def num_foreign(self) -> int:
+        """What drains on old links is this coordinator's own as well."""
+        return max(0, self._link.num_foreign - sum(link.num_lanes for link in self._old))
 
     @property
     def up(self) -> bool:
@@ -89,6 +96,13 @@ class RenewingLink(Generic[ItemT, ResultT]):
     def open_lane(self, identity: Identity) -> Lane[ItemT, ResultT]:
         return self._link.open_lane(identity)
 
+    def _new_link(self) -> WorkerLink[ItemT, ResultT]:
+        """Of which only the present one is heard."""
+        link = WorkerLink(self.address, self._codec, self._channels)
+        link.on_change = lambda: self.on_change() if link is self._link else None
+        link.on_broken = lambda: self.on_broken() if link is self._link else None
+        return link
+
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._look_s)
@@ -108,6 +122,7 @@ class RenewingLink(Generic[ItemT, ResultT]):
             self._old.append(self._link)
             self._link, self._version = successor, version
             log.info("%s: connected with the changed certificates", self)
+            self.on_change()
         finally:
             if self._link is not successor:
                 await successor.aclose()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,31 +26,34 @@ from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
+from services.common.session_usage import Caps, SessionUsage
 from services.common.tally import CallTally
 from services.common.telemetry_settings import METRICS_OFF
 from services.common.tls import server_credentials
 from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.authentication import ApiKeys, Authenticator
-from services.coordinator.committer import Committer
+from services.coordinator.committer import Committer, Outage
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
-from services.coordinator.draft_length import LengthPolicy
+from services.coordinator.discovery import Source
+from services.coordinator.draft_pools import DraftPool
 from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
-from services.coordinator.placement import DraftPool, Placement
+from services.coordinator.placement import Placement
 from services.coordinator.quotas import Quotas
 from services.coordinator.renewing_link import RenewingLink
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.status import StatusReader
 from services.coordinator.tally import CoordinatorTally
-from services.coordinator.tokenizer import load_tokenizer
-from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC
+from services.coordinator.tokenizer_set import TokenizerSet
+from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, Codec
+from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 
 log = logging.getLogger(__name__)
 
 _SPARE_CALLS = 64
 """Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
-_DRAFT_START_S = 2.0
+_WORKERS_START_S = 2.0
 _NOTICE_S = 0.2
 """Between saying NOT_SERVING and refusing new generations, so that clients hear of it."""
 
@@ -67,8 +70,8 @@ class RunningCoordinator:
     metrics_port: int
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        """Whether the target was connected within `timeout_s`; then health says SERVING."""
-        up = await self.placement.wait_up(target_s=timeout_s, draft_s=_DRAFT_START_S)
+        """Whether a target was connected within `timeout_s`; then health says SERVING."""
+        up = await self.placement.wait_up(target_s=timeout_s, others_s=_WORKERS_START_S)
         if up:
             await self.server.set_ready(True)
         return up
@@ -83,54 +86,37 @@ async def running_coordinator(
     Raises ConfigError for a tokenizer or a Redis that cannot serve, Unavailable where no Redis answers, OSError where
     the port is taken.
     """
-    tokenizer = await asyncio.to_thread(load_tokenizer, config.tokenizer)
+    tokenizers = await asyncio.to_thread(TokenizerSet.load, config.tokenizers)
     store = SessionStore.connect(
         config.redis_url, str(uuid.uuid4()), idle_s=config.session_idle_s, tombstone_s=config.tombstone_s
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
         await _check_store(store)
-        tls = config.load_tls()
-        target_channels, draft_channels = (
-            Channels(tls, name=n) for n in (config.tls_target_name, config.tls_draft_name)
-        )
-        target = RenewingLink(config.target_addresses[0], TARGET_CODEC, target_channels)
-        drafts = [
-            DraftPool(
-                name,
-                weight,
-                RenewingLink(address, DRAFT_CODEC, draft_channels),
-                LengthPolicy(lambda: target.load.num_sequences),
-            )
-            for name, address, weight in config.draft_addresses
-        ]
-        placement = Placement(target, drafts, tokenizer.vocab_digest)
-        committer = Committer(store, retry_s=config.store_retry_s)
+        placement = await asyncio.to_thread(_placement, config, tokenizers)
+        committer = Committer(store, outage=Outage(config.redis_outage), outage_after_s=config.redis_outage_after_s)
+        caps = Caps(config.max_client_sessions, config.max_client_tokens)
         tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
         coordinator = Coordinator(
             config,
-            tokenizer=tokenizer,
+            tokenizers=tokenizers,
             placement=placement,
             store=store,
             committer=committer,
+            usage=SessionUsage(store.redis, caps, idle_s=config.session_idle_s),
             tally=tally,
             tracer=tracer,
         )
         registry = new_registry(calls, {"role": "coordinator"})
         registry.register(CoordinatorCollector(tally, coordinator, placement))
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
+        status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
         authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
         quotas = Quotas()
-        server = _server(config, authenticator, quotas, calls)
         servicer = CoordinatorServicer(
-            config,
-            coordinator,
-            placement,
-            tokenizer,
-            StatusReader(store.owner_id, tally, calls, lambda: placement.workers),
-            authenticator=authenticator,
-            quotas=quotas,
+            config, coordinator, placement, tokenizers, status, authenticator=authenticator, quotas=quotas
         )
+        server = _server(config, authenticator, quotas, calls)
         server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
         await stack.enter_async_context(server)
         coordinator.start()
@@ -159,6 +145,34 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
         reflect=config.reflection,
         calls=calls,
     )
+
+
+def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement:
+    """Raises ConfigError where workers cannot be discovered as configured. May take long."""
+    tls = config.load_tls()
+    target_channels, draft_channels = (Channels(tls, name=n) for n in (config.tls_target_name, config.tls_draft_name))
+    targets = _pool(config, "targets", config.target_sources, TARGET_CODEC, target_channels)
+    drafts = [
+        DraftPool(
+            pool.name,
+            pool.weight,
+            _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC, draft_channels),
+            config.propose_timeout_s,
+        )
+        for pool in config.draft_pools
+    ]
+    return Placement(targets, drafts, tokenizers)
+
+
+def _pool(
+    config: CoordinatorConfig,
+    name: str,
+    sources: Sequence[Source],
+    codec: Codec[ItemT, ResultT],
+    channels: Channels,
+) -> WorkerPool[ItemT, ResultT]:
+    discoveries = [source.discovery(config.dns_interval_s) for source in sources]
+    return WorkerPool(discoveries, lambda address: RenewingLink(address, codec, channels), name)
 
 
 async def _check_store(store: SessionStore) -> None:

@@ -5,6 +5,8 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,17 +17,19 @@ from outrider.v1 import sampling_pb2
 
 from services.common import wire
 from services.common.api_keys import KeyOwner
-from services.common.values import FinishReason, ModelInfo, TokenOrigin
+from services.common.service import end_tasks
+from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.authentication import Authenticator
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
+from services.coordinator.draft_pools import DraftPool
 from services.coordinator.output import Chunk, Started
-from services.coordinator.placement import DraftPool, Placement, Served
+from services.coordinator.placement import Placement, Served
 from services.coordinator.quotas import Quotas
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.status import StatusReader, WorkerStatus
-from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.tokenizer_set import TokenizerSet
 from services.coordinator.trim import Trimmed
 
 _FINISH_REASONS = {
@@ -51,7 +55,7 @@ class CoordinatorServicer:
         config: CoordinatorConfig,
         coordinator: Coordinator,
         placement: Placement,
-        tokenizer: Tokenizer,
+        tokenizers: TokenizerSet,
         status: StatusReader,
         *,
         authenticator: Authenticator,
@@ -63,19 +67,28 @@ class CoordinatorServicer:
         self._quotas = quotas
         self._coordinator = coordinator
         self._placement = placement
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         owner = self._owner(context)
-        admitted = dataclasses.replace(admit(request, self._limits()), owner_key=owner.name)
-        with self._quotas.generation(owner, admitted.session_id) as count_tokens:
-            async with self._coordinator.generate(admitted, _traceparent(context)) as stream:
-                count_tokens(len(stream.started.prompt_token_ids))
-                yield pb.GenerateResponse(started=_encode_started(stream.started))
-                async for chunk in stream.output:
-                    response = encode_chunk(chunk)
-                    count_tokens(len(response.token_ids))
-                    yield response
+        admitted = dataclasses.replace(admit(request, self._limits(request.model)), owner_key=owner.name)
+        async with contextlib.AsyncExitStack() as stack:
+            count_tokens = stack.enter_context(self._quotas.generation(owner, admitted.session_id))
+            opening = asyncio.create_task(
+                stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
+            )
+            try:
+                while not (await asyncio.wait([opening], timeout=self._config.heartbeat_ms / 1e3))[0]:
+                    yield pb.GenerateResponse()
+            finally:
+                await end_tasks(opening)
+            stream = opening.result()
+            count_tokens(len(stream.started.prompt_token_ids))
+            yield pb.GenerateResponse(started=_encode_started(stream.started))
+            async for chunk in stream.output:
+                response = encode_chunk(chunk)
+                count_tokens(len(response.token_ids))
+                yield response
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         session_id = check_session_id(request.session_id)
@@ -111,19 +124,22 @@ class CoordinatorServicer:
             num_requests_running=coordinator.num_streaming,
             num_requests_waiting=coordinator.num_waiting,
             workers=[_encode_worker(worker) for worker in await status.workers()],
-            drafts=[_encode_pool(pool, served.model) for served in self._placement.served for pool in served.drafts],
+            drafts=[_encode_pool(pool, served) for served in self._placement.served for pool in served.drafts],
             activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
         )
 
     def _owner(self, context: Context) -> KeyOwner:
         return self._authenticator.identify(context.invocation_metadata() or ())
 
-    def _limits(self) -> Limits:
+    def _limits(self, model: str) -> Limits:
+        """For a request that names `model`, or none."""
         served = self._placement.served
-        vocab_sizes = [self._tokenizer.vocab_size, *(pair.model.vocab_size for pair in served)]
+        named = [pair.model for pair in served if model in ("", pair.model.name)]
+        tokenizers = [tokenizer for pair in named if (tokenizer := self._tokenizers.find(pair.name))]
+        vocab_sizes = [tokenizer.vocab_size for tokenizer in tokenizers] + [pair.vocab_size for pair in named]
         return Limits(
             models=tuple(pair.model.name for pair in served),
-            vocab_size=min(vocab_sizes),
+            vocab_size=min(vocab_sizes, default=self._tokenizers.vocab_size),
             default_num_draft_tokens=self._config.fixed_num_draft_tokens,
             max_draft_tokens=self._config.max_draft_tokens,
             max_prompt_bytes=self._config.max_prompt_bytes,
@@ -195,8 +211,8 @@ def _encode_statistics(statistics: GenerationStatistics) -> pb.GenerationStatist
 
 
 def _encode_served(served: Served) -> pb.ServedModel:
-    drafts = [_encode_pool(pool, served.model) for pool in served.drafts]
-    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.link.up), pb.DraftPool())
+    drafts = [_encode_pool(pool, served) for pool in served.drafts]
+    connected = next((draft for pool, draft in zip(served.drafts, drafts, strict=True) if pool.up), pb.DraftPool())
     return pb.ServedModel(
         name=served.model.name,
         digest=served.model.digest,
@@ -217,15 +233,15 @@ def _encode_worker(worker: WorkerStatus) -> pb.WorkerStatus:
     return pb.WorkerStatus(role=role, address=view.address, pool=view.pool, up=view.up, trouble=trouble, info=info)
 
 
-def _encode_pool(pool: DraftPool, model: ModelInfo) -> pb.DraftPool:
-    info = pool.link.info
+def _encode_pool(pool: DraftPool, served: Served) -> pb.DraftPool:
+    info, counts = pool.info, pool.share(served.model.name).counts
     return pb.DraftPool(
         name=pool.name,
         weight=pool.weight,
         drafter=info.drafter if info else "",
         draft_model=info.model.name if info and info.model else "",
-        ready=pool.fits(model),
-        num_drafts=pool.counts.num_drafts,
-        num_draft_tokens=pool.counts.num_draft_tokens,
-        num_accepted_tokens=pool.counts.num_accepted_tokens,
+        ready=pool.fits(served.kind),
+        num_drafts=counts.num_drafts,
+        num_draft_tokens=counts.num_draft_tokens,
+        num_accepted_tokens=counts.num_accepted_tokens,
     )

@@ -1,7 +1,7 @@
 """What a generation took: counts and times.
 
 Owns: how rounds add up, and the JSON that the session's record holds. Must not know: protobuf, sessions.
-Times are in milliseconds of the monotonic clock, and of one stream's part of the generation.
+Times are in milliseconds of the monotonic clock; they, rounds and drafts are of one stream's part of the generation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GenerationStatistics:
     rounds: tuple[RoundStatistics, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @classmethod
     def from_json(cls, text: str) -> GenerationStatistics:

@@ -110,12 +110,6 @@ class Trimmer:
             self._finish,
         )
 
-    def finish_early(self) -> str:
-        """Ends the text where it stands, as for a generation that was cut off; the text that was held back."""
-        tail = self._rest()
-        self._parts.append(tail)
-        return tail
-
     def _reason(self, token_id: int, stopped: bool) -> FinishReason | None:
         if token_id in self._rules.eos_token_ids:
             return FinishReason.EOS
@@ -124,8 +118,7 @@ class Trimmer:
         return FinishReason.LENGTH if self._num_tokens >= self._rules.max_tokens else None
 
     def _rest(self) -> str:
-        found = self._search.push(self._text.flush())
-        return found.text if found.stopped else found.text + self._search.flush()
+        return self._search.push(self._text.flush()).text + self._search.flush()
 
 
 def log_prob_row_bytes(num_top: int) -> int:

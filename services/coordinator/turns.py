@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from services.common.errors import DataLoss, InvalidArgument
-from services.common.session_store import SessionRecord
+from services.common.session_record import SessionRecord
 from services.coordinator.chat_template import Message
 from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.stop_search import StopSearch
 from services.coordinator.tokenizer import Tokenizer
 
 
@@ -63,6 +65,27 @@ def check_prompt_len(request: GenerationRequest, prompt_len: int, max_sequence_l
         )
 
 
+def check_same_prompt(request: GenerationRequest, prompt_len: int) -> None:
+    """Raises DataLoss TOKENS_LOST where a resuming client's generation continued other tokens than there are now."""
+    told = request.resume.num_prompt_tokens if request.resume else 0
+    if told and told != prompt_len:
+        raise DataLoss(
+            "TOKENS_LOST",
+            f"the generation continued {told} tokens; without the session's lost record it has {prompt_len}",
+        )
+
+
+def forked(request: GenerationRequest, source: SessionRecord) -> SessionRecord:
+    """What a fork begins with: the source's record, or its first tokens. Raises InvalidArgument where it has fewer."""
+    length = request.fork.length if request.fork else None
+    if length is None:
+        return source
+    if length > len(source.token_ids):
+        message = f"fork_len: the session has {len(source.token_ids)} tokens, not {length}"
+        raise InvalidArgument("INVALID_PARAMETER", message, field="fork_len")
+    return replace(source, token_ids=source.token_ids[:length], origins=source.origins[:length], messages="", reply="")
+
+
 def adopted_tokens(generated: Sequence[int], resume: ResumePoint | None) -> tuple[int, ...]:
     """Tokens that the resuming client has beyond the record's generated ones, to be recorded, never generated again.
 
@@ -99,11 +122,15 @@ def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _reply(record: SessionRecord, tokenizer: Tokenizer) -> str:
-    """The assistant's last reply as text; of a generation that was cut off, what there is of it."""
-    if record.reply or record.finish_reason:
+    """The assistant's last reply as text, without special tokens; of a generation that was cut off, what there is."""
+    parameters = json.loads(record.parameters or "{}")
+    if (record.reply or record.finish_reason) and not parameters.get("include_special_tokens"):
         return record.reply
     text = tokenizer.text_stream(include_special_tokens=False, context=record.token_ids[: record.prompt_len])
-    return "".join(text.push(token_id) for token_id in record.token_ids[record.prompt_len :]) + text.flush()
+    whole = "".join(text.push(token_id) for token_id in record.token_ids[record.prompt_len :]) + text.flush()
+    search = StopSearch(parameters.get("stop", ()))
+    found = search.push(whole)
+    return found.text if found.stopped else found.text + search.flush()
 
 
 def _encode(messages: Sequence[Message]) -> str:

@@ -37,6 +37,7 @@ MAX_PREFIX_TOKENS_A_MESSAGE = 200_000
 _DESCRIBE_TIMEOUT_S = 2.0
 _MAX_BACKOFF_S = 2.0
 _SWEEP_S = 0.1
+_REFRESH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,16 @@ class WorkerLink(Generic[ItemT, ResultT]):
         self._outgoing_waiter: asyncio.Future[None] | None = None
         self._info: WorkerInfo | None = None
         self._load = WorkerLoad()
+        self._num_foreign = 0
+        self._heard_s = 0.0
         self._up = asyncio.Event()
         self._trouble: OutriderError = Unavailable("STARTING", f"{self} is not connected yet", retry_after_ms=500)
         self._tasks: list[asyncio.Task[None]] = []
         self._channel: grpc.aio.Channel | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the link comes up or goes down, and when its worker begins to drain."""
+        self.on_broken: Callable[[], None] = lambda: None
+        """Called when a stream has ended otherwise than by `aclose`."""
 
     def __str__(self) -> str:
         return f"{self._codec.role} worker {self.address}"
@@ -158,6 +165,11 @@ class WorkerLink(Generic[ItemT, ResultT]):
     @property
     def load(self) -> WorkerLoad:
         return self._load
+
+    @property
+    def num_foreign(self) -> int:
+        """Sequences on the worker that are not this link's, as of its last load."""
+        return self._num_foreign
 
     @property
     def up(self) -> bool:
@@ -238,13 +250,15 @@ class WorkerLink(Generic[ItemT, ResultT]):
         """Runs one stream to its end. Always raises why it ended."""
         call = self._codec.open_stream(channel)
         writer = asyncio.create_task(self._write(call))
-        self._load = self._info.load if self._info else WorkerLoad()
+        refresher = asyncio.create_task(self._refresh(channel))
+        self._note_load(self._info.load if self._info else WorkerLoad())
         self._up.set()
         log.info("%s: connected", self)
+        self.on_change()
         error: OutriderError = Unavailable("STREAM_BROKEN", f"{self} ended the stream", retry_after_ms=500)
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
-                self._load = wire.load_from_proto(response.load)
+                self._note_load(wire.load_from_proto(response.load))
                 for result in self._codec.decode(response):
                     lane = self._lanes.get(_key(result.identity))
                     if lane is not None:
@@ -257,10 +271,32 @@ class WorkerLink(Generic[ItemT, ResultT]):
         finally:
             self._up.clear()
             writer.cancel()
+            refresher.cancel()
             call.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            await asyncio.gather(writer, refresher, return_exceptions=True)
             self._break_lanes(Unavailable("STREAM_BROKEN", f"{self}: {error.message}", retry_after_ms=500))
+            self.on_change()
+        self.on_broken()
         raise error
+
+    def _note_load(self, load: WorkerLoad) -> None:
+        began_to_drain = load.draining and not self._load.draining
+        self._load, self._heard_s = load, asyncio.get_running_loop().time()
+        self._num_foreign = max(0, load.num_sequences - len(self._lanes))
+        if began_to_drain:
+            self.on_change()
+
+    async def _refresh(self, channel: grpc.aio.Channel) -> None:
+        """Asks a worker for its load that has sent none for a while: a quiet one may have been filled by others."""
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            if asyncio.get_running_loop().time() - self._heard_s < _REFRESH_S:
+                continue
+            with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that is gone ends the stream
+                request = worker_pb2.GetWorkerInfoRequest()
+                response = await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S)
+                self._note_load(wire.load_from_proto(response.load))
 
     def _break_lanes(self, error: OutriderError) -> None:
         lanes, self._lanes = self._lanes, {}

@@ -22,6 +22,9 @@ class DraftConfig(WorkerConfig):
     dtype: str = setting("float32", "Floating point type, or int8 for rounded weights.", choices=(*DTYPES, "int8"))
     drafter: str = setting("ngram", f"How tokens are proposed: {DRAFTER_HELP}.")
     draft_target: str = setting("", "Target that a trained draft was trained for; empty: as the draft names it.")
+    min_draft_prob: float = setting(
+        0.0, "Drafters model and features: end a proposal before a token whose best candidate is less likely; 0: never."
+    )
     chain_min_match: int = setting(3, "In a chain, a lookup's match of fewer tokens is left to the next drafter.")
     target_tokenizer: str = setting(
         "", "The target's tokenizer, where its vocabulary is another: a directory, a Hugging Face id or `sample`."
@@ -64,7 +67,10 @@ class DraftConfig(WorkerConfig):
             raise ConfigError(f"target_tokenizer: only the drafter model can translate, not {self.drafter}")
         if self.tensor_parallel_size > 1 and chain[-1] != "model":
             raise ConfigError(f"tensor_parallel_size: the drafter {self.drafter} has no model to cut into shards")
+        if self.min_draft_prob and (chain[-1] not in ("model", "features") or self.target_tokenizer):
+            raise ConfigError("min_draft_prob: it goes with the drafters model and features, in the target's own ids")
         limits = {
+            "min_draft_prob": (0, 1),
             "chain_min_match": (1, 15),
             "suffix_min_match": (1, 15),
             "suffix_max_len_factor": (0.1, 1000),

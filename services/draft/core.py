@@ -193,6 +193,7 @@ class DraftCore:
             overtaken = Aborted("STALE", "a later commit has overtaken the proposal in progress")
             results.append((slot.connection, _refused(slot.proposing, overtaken, self._clock())))
             slot.proposing = None
+        draft.features = item.features
         self._drafter.commit(draft, draft.commit(item.committed_tokens))
         if item.num_draft_tokens:
             draft.request(item.num_draft_tokens)

@@ -34,6 +34,7 @@ from services.engine.block_manager import BlockManager
 from services.engine.device_usage import device_usage_of, utilisation_of
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.fallback import FallbackDrafter
+from services.engine.drafters.features import FEATURES, FeatureDrafter
 from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.output_memory import NODE_BYTES, OutputMemory
@@ -102,6 +103,7 @@ def build(config: DraftConfig) -> BuiltWorker:
         max_draft_tokens=config.max_draft_tokens,
         max_sequences=config.max_sequences,
         max_sequence_len=max_sequence_len,
+        wants_features=FEATURES in config.chain,
     )
     engine = EngineThread(core, "draft engine", config.max_queued_items, failure)
     device = config.device
@@ -133,6 +135,8 @@ def _single(config: DraftConfig, name: str, failure: Failure, min_match: int = 1
             return _Drafter(drafter, SIMULATED_MAX_SEQUENCE_LEN)
         case "staged":
             return _staged_drafter(config, failure)
+        case "features":
+            return _feature_drafter(config, failure)
     return _model_drafter(config, failure)
 
 
@@ -152,21 +156,41 @@ def _suffix_drafter(config: DraftConfig, min_match: int) -> SuffixDrafter:
 
 def _model_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     from services.engine.composition import engine_of, vocabulary_pair_of
+    from services.engine.feature_draft import takes_features
     from services.engine.paged_model import PagedDraftModel
     from services.engine.sampler import Sampler
     from services.engine.translated_sampler import TranslatingSampler
 
     pair = vocabulary_pair_of(config.model, config.target_tokenizer, config.min_vocab_overlap)
     engine = engine_of(config, failure, config.draft_target)
+    if takes_features(engine):
+        engine.close()
+        raise ConfigError(f"drafter: {engine.info.name} was trained for the drafter features, not model")
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     max_len = min(engine.max_sequence_len, engine.num_blocks * engine.block_size)
-    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler()
+    sampler = TranslatingSampler(Sampler(), pair) if pair else Sampler(config.min_draft_prob)
     drafter = ModelDrafter(PagedDraftModel(engine, sampler), blocks, prefill_budget=config.prefill_budget)
     if pair is None:
         return _Drafter(drafter, max_len, engine.close)
     by_text = config.greedy_matching == "text"
     translated = TranslatedDrafter(drafter, pair, max_own_len=max_len, greedy_by_text=by_text)
     return _Drafter(translated, max_len, engine.close)
+
+
+def _feature_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
+    from services.engine.composition import engine_of
+    from services.engine.feature_draft import FeatureDraftModel
+    from services.engine.sampler import Sampler
+
+    engine = engine_of(config, failure, config.draft_target)
+    try:
+        model = FeatureDraftModel(engine, Sampler(config.min_draft_prob))
+    except BaseException:
+        engine.close()
+        raise
+    blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
+    drafter = FeatureDrafter(model, blocks, prefill_budget=config.prefill_budget)
+    return _Drafter(drafter, min(engine.max_sequence_len, engine.num_blocks * engine.block_size), engine.close)
 
 
 def _staged_drafter(config: DraftConfig, failure: Failure) -> _Drafter:

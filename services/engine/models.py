@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from services.common.errors import ConfigError, ModelUnsupported
 from services.engine import paged_attention, quantisation
+from services.engine.feature_tap import FeatureTap
 from services.engine.kv_pool import LayerShape
 from services.engine.paged_attention import LayerCall, ProbeStep
 from services.engine.progress import Reporter
@@ -46,6 +47,8 @@ class CausalModel:
     """Most tokens of a sequence for which positions are the model's own."""
     keeps_logits: bool
     """Whether its call takes `logits_to_keep`."""
+    tap: FeatureTap | None = None
+    """Keeps the final hidden states of the rows of the last call, where there is one."""
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, **extra: object

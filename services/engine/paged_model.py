@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from services.common.errors import ConfigError, ModelUnsupported, OutriderError, WorkerFailed
@@ -25,6 +26,10 @@ from services.engine.tensor_parallel import plan
 from services.engine.tensor_parallel.leading_runner import LeadingRunner
 from services.engine.tensor_parallel.ranks import Ranks
 from services.engine.trained_draft import read_manifest
+from services.engine.transfer import to_device, to_host
+
+_MAX_HALF = 65504.0
+"""The largest float16."""
 
 
 class LogitsVerifier(Protocol):
@@ -207,11 +212,35 @@ class PagedTargetModel(TargetModel):
     @torch.inference_mode()
     def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
         """Raises the error of a sequence whose blocks cannot be cleared without others noticing."""
-        verdicts = self._verifier.verify(works, self._engine.runner.forward(works))
+        logits = self._engine.runner.forward(works)
+        verdicts = self._verifier.verify(works, logits)
         for work, verdict in zip(works, verdicts, strict=True):
             if isinstance(verdict, OutriderError):
                 self._clear(work, verdict)
-        return verdicts
+        return self._with_features(works, verdicts, len(logits))
+
+    def _with_features(
+        self, works: list[Work], verdicts: list[Verdict | OutriderError | None], num_rows: int
+    ) -> list[Verdict | OutriderError | None]:
+        """Adds the hidden states that tokens were chosen from, for the sequences that ask: row r gave token r."""
+        tap = self._engine.runner.model.tap
+        if tap is None or not any(work.num_rows and work.sequence.features for work in works):
+            return verdicts
+        starts = np.cumsum([0, *(work.num_rows for work in works)])
+        asking = [
+            (i, len(verdict.token_ids))
+            for i, (work, verdict) in enumerate(zip(works, verdicts, strict=True))
+            if isinstance(verdict, Verdict) and work.sequence.features
+        ]
+        taken = np.concatenate([np.zeros(0, np.int64), *(np.arange(starts[i], starts[i] + n) for i, n in asking)])
+        rows = tap.rows(num_rows).index_select(0, to_device(taken, self._engine.runner.model.device))
+        (host,) = to_host([rows.clamp(-_MAX_HALF, _MAX_HALF)])
+        features = iter(np.split(host.astype("<f2"), np.cumsum([n for _, n in asking])[:-1]) if asking else [])
+        told = dict(zip([i for i, _ in asking], features, strict=True))
+        return [
+            verdict._replace(features=told[i].tobytes()) if i in told and isinstance(verdict, Verdict) else verdict
+            for i, verdict in enumerate(verdicts)
+        ]
 
     def _clear(self, work: Work, error: OutriderError) -> None:
         """Zeroes what only this sequence wrote: masked slots of a block that is used again must hold numbers.

@@ -7,7 +7,8 @@ Owns: how a draft chooses. Must not know: models, drafters, the wire, the target
     rejection           drawn from the MAX_DRAFT_ROW_LEN most likely, renormalised in float32           that row
     threshold           drawn as for rejection; the target looks at the token alone                     no row
 
-Invariant: a token is never withheld because of what was sampled, and a row is exactly what its token was drawn from.
+Invariant: a token is never withheld because of what was sampled, and a row is exactly what its token was drawn from. A
+row whose best token is too unlikely yields none at all, whatever would be sampled from it.
 For rejection the sequence's seed is one derived from the request's, so that the draft cannot know the target's noise.
 """
 
@@ -31,12 +32,19 @@ Ints = npt.NDArray[np.int64]
 
 
 class Sampler:
-    """Samples drafted tokens. Stateless: a token is a function of its sequence and its row of logits."""
+    """Samples drafted tokens. Stateless: a token is a function of its sequence and its row of logits.
+
+    A row whose most likely token has a probability below `min_prob`, after processing, ends the proposal before it.
+    """
+
+    def __init__(self, min_prob: float = 0.0) -> None:
+        self._min_prob = min_prob
 
     def sample(self, works: list[Work], logits: Tensor) -> list[Sampled | None]:
         """One token for each work with a row, from float32 logits [number of those, V] in the order of the works.
 
-        Raises Internal for logits that are not finite, naming the session, and for a wrong number of rows.
+        None in place of a token ends that proposal. Raises Internal for logits that are not finite, naming the
+        session, and for a wrong number of rows.
         """
         asking = [work for work in works if work.num_rows]
         check_num_rows(asking, logits)
@@ -51,7 +59,8 @@ class Sampler:
 
         scores = process(logits, rows_of(asking))
         best = _choose(asking, scores, coupled)
-        flags, best_ids, row_ids, row_probs = to_host([nonfinite, best, *_rows(scores, drawn)])
+        ends = self._ends(scores)
+        flags, best_ids, row_ids, row_probs, ended = to_host([nonfinite, best, *_rows(scores, drawn), ends])
         refuse_nonfinite(asking, flags)
 
         token_ids = best_ids.astype(np.int64)
@@ -60,8 +69,17 @@ class Sampler:
         for i, ids, probs in zip(drawn, row_ids.astype(np.int64), row_probs, strict=True):
             if methods[i] is VerificationMethod.REJECTION:
                 rows[i] = SparseRow(tuple(ids[probs > 0].tolist()), tuple(probs[probs > 0].tolist()))
-        answers = iter(zip(token_ids.tolist(), rows, strict=True))
-        return [Sampled(*next(answers)) if work.num_rows else None for work in works]
+        sampled = [
+            None if end else Sampled(*found) for *found, end in zip(token_ids.tolist(), rows, ended, strict=True)
+        ]
+        answers = iter(sampled)
+        return [next(answers) if work.num_rows else None for work in works]
+
+    def _ends(self, scores: Tensor) -> Tensor:
+        """Which rows [R] end their proposals: a function of the row alone, never of what is sampled from it."""
+        if not self._min_prob:
+            return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        return (scores.amax(dim=1) - torch.logsumexp(scores, dim=1)).exp() < self._min_prob
 
 
 def _choose(works: list[Work], scores: Tensor, coupled: Ints) -> Tensor:

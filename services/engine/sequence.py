@@ -36,6 +36,8 @@ class Sequence:
     num_top_log_probs: int = 0
     fork: int = 0
     cache_salt: bytes = b""
+    features: bool = False
+    """On a target: verdicts shall carry the hidden states that their tokens were chosen from."""
     num_committed: int = 0
     """Tokens known to be committed: the opening prefix, and what later items stand on. They never change."""
     num_cached: int = 0
@@ -59,6 +61,7 @@ class Sequence:
             num_top_log_probs=item.num_top_log_probs,
             fork=item.fork,
             cache_salt=item.cache_salt,
+            features=item.features,
             num_committed=len(item.prefix),
         )
 

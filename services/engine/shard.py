@@ -7,7 +7,7 @@ how ranks are started, verification and sampling.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import torch
 
 from services.engine import quantisation
 from services.engine.compiled import compile_blocks
+from services.engine.cuda.graphs import padded_num_tokens
+from services.engine.feature_tap import FeatureTap
 from services.engine.kv_pool import block_bytes
 from services.engine.memory import MIB, PoolBudget, PoolSize, does_not_fit, free_memory, module_bytes, size_pool
 from services.engine.models import CausalModel, load_model, torch_dtype
@@ -113,6 +115,9 @@ def load_shard(spec: ShardSpec, reporter: Reporter) -> Shard:
         difference = self_check(model, spec.block_size, reference)
     if spec.compile:
         compile_blocks(model.module)
+    if spec.size == 1 and model.keeps_logits and model.module.get_output_embeddings() is not None:
+        num_buffered = padded_num_tokens(spec.max_graph_tokens) if device.type == "cuda" else 0
+        model = replace(model, tap=FeatureTap(model.module, num_buffered))
     size = _size_pool(model, spec)
     num_blocks = size.num_blocks if spec.size == 1 else group.least(size.num_blocks, device)
     try:

@@ -53,6 +53,8 @@ class Verdict(NamedTuple):
     rows_replaced: bool = False
     rows: tuple[SparseRow | None, ...] = ()
     """Where a draft verified another one's tokens (drafters.staged): what the tokens are distributed as; () = none."""
+    features: bytes = b""
+    """float16, one row a token: the hidden state it was chosen from, where the sequence asks and the model has it."""
 
 
 class Sampled(NamedTuple):
@@ -79,7 +81,8 @@ class TargetModel(Protocol):
 
 class DraftModel(Protocol):
     """Computes a step of the draft: as TargetModel, but num_rows is 0 or 1, `proposal` is None (the core appends
-    drafted tokens to the sequence itself), and a Work with a row yields one sampled token."""
+    drafted tokens to the sequence itself), and a Work with a row yields one sampled token, or None where that row ends
+    the proposal. Whether it does must not depend on what would be sampled from it."""
 
     @property
     def info(self) -> ModelInfo: ...

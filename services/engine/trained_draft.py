@@ -7,6 +7,8 @@ Owns: the form of such a directory and how it becomes a transformers model. Must
         input_projection   [width, hidden]    embedding of the draft = embedding of the target x its transpose, or it
         output_projection  [hidden, width]    head of the draft = the target's head, rows head_ids, x it
         head_ids           int32 [R]          the tokens that it can propose, as ids of the target
+        feature_projection [width, hidden]    kind features: to a token's embedding is added the target's final hidden
+                                              state before it x the transpose (services.engine.feature_input)
 
 Of the target are read, and only from its file, the embedding and the head (one tensor where they are tied), and for the
 kind early_exit the layers too, which then are not shipped. The projections are multiplied in once. Logits are as wide
@@ -30,9 +32,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from services.common.errors import ModelUnsupported
+from services.engine.feature_input import FeatureInput
 
 SECTION = "outrider_draft"
 EARLY_EXIT = "early_exit"
+FEATURES = "features"
 NEVER = 25.0
 """More than Gumbel noise can make up for (noise.gumbel spans 26.0, and the least is no likely token)."""
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -50,7 +54,8 @@ class Manifest:
     vocab_size: int
     """Width of the target's logits."""
     kind: str = "model"
-    """`model`: with layers of its own. `early_exit`: the target's layers as they are, a trained norm and projection."""
+    """`model`: with layers of its own. `early_exit`: the target's layers as they are, a trained norm and projection.
+    `features`: as `model`, fed with the target's features."""
     layers: tuple[int, ...] = ()
     """Of the target: those that it began as, or is."""
     version: int = 1
@@ -161,7 +166,7 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
         )
     weights = load_file(directory / "model.safetensors")
     input_projection, output_projection = weights.pop("input_projection", None), weights.pop("output_projection")
-    head_ids = weights.pop("head_ids").long()
+    head_ids, feature_projection = weights.pop("head_ids").long(), weights.pop("feature_projection", None)
     module = skeleton(config, attention)
     missing, unexpected = module.load_state_dict(weights, strict=False)
     embedding_names = set(_names_of(module, module.get_input_embeddings(), module.get_output_embeddings()))
@@ -171,11 +176,15 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
         lacking = []
     if unexpected or lacking:
         raise ModelUnsupported(f"{directory.name} lacks weights or has others: {lacking} {unexpected}")
-    embedding = ends.embedding.float()
+    embedding = ends.embedding.float() * embedding_scale(module)
     if input_projection is not None:
         embedding = embedding @ input_projection.float().T
     head = ends.head[head_ids].float() @ output_projection.float()
-    module.set_input_embeddings(torch.nn.Embedding(len(embedding), embedding.shape[1], _weight=embedding, _freeze=True))
+    if feature_projection is None:
+        plain = torch.nn.Embedding.from_pretrained(embedding, freeze=True)  # type: ignore[no-untyped-call]
+        module.set_input_embeddings(plain)
+    else:
+        module.set_input_embeddings(FeatureInput(embedding, feature_projection.float()))
     module.set_output_embeddings(ReducedHead(head, head_ids, manifest.vocab_size))
     module.config.vocab_size = manifest.vocab_size
     return module.to(dtype).eval()
@@ -187,6 +196,23 @@ def skeleton(config: Any, attention: str) -> Any:
     small.vocab_size, small.tie_word_embeddings, small.pad_token_id = 8, False, None
     return transformers.AutoModelForCausalLM.from_config(
         small, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+
+
+def embedding_scale(module: Any) -> float:
+    """What the model multiplies its token embeddings by as it looks them up (Gemma: the root of its width); mostly 1.
+
+    Raises ModelUnsupported for a look-up that does anything else.
+    """
+    lookup = module.get_input_embeddings()
+    with torch.no_grad():
+        stored, found = lookup.weight[0].float(), lookup(torch.zeros(1, dtype=torch.int64))[0].float()
+        if found.shape == stored.shape:
+            scale = float((found @ stored / (stored @ stored)).detach())
+            if torch.allclose(found, scale * stored, rtol=1e-4):
+                return scale
+    raise ModelUnsupported(
+        f"the token embedding of {type(module).__name__} is no scaled look-up; no draft can share it"
     )
 
 

@@ -342,6 +342,7 @@ class TargetCore:
             num_cached_tokens=slot.sequence.num_cached,
             step_ns=step.ended_ns - step.started_ns,
             step_rows=step.num_rows,
+            features=verdict.features,
         )
         self._tally.answered(len(verdict.token_ids), tokens.timings.queue_ns)
         slot.pending.answered(step.ended_ns)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import NamedTuple
 
 from outrider.v1 import target_pb2
@@ -86,7 +87,7 @@ def build(config: TargetConfig) -> BuiltWorker:
     info = WorkerInfo(
         instance_id=new_instance_id(),
         role="target",
-        model=model.info,
+        model=replace(model.info, name=config.model_name or model.info.name),
         drafter="",
         max_draft_tokens=config.max_draft_tokens,
         max_sequences=config.max_sequences,

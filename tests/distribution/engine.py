@@ -21,9 +21,13 @@ from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
 from services.engine.draft_verifier import DraftVerifier
 from services.engine.drafters.base import Drafter
+from services.engine.drafters.features import FeatureDrafter
 from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.staged import StagedDrafter
 from services.engine.drafters.translated import TranslatedDrafter
+from services.engine.feature_draft import FeatureDraftModel
+from services.engine.feature_input import FeatureInput
+from services.engine.feature_tap import FeatureTap
 from services.engine.model_runner import ModelRunner
 from services.engine.models import probe_model
 from services.engine.paged_attention import IMPLEMENTATION, register
@@ -44,6 +48,7 @@ def paged_engine(module: PreTrainedModel, num_blocks: int = 2048) -> PagedEngine
     module = copy.deepcopy(module)
     module.set_attn_implementation(IMPLEMENTATION)
     model = probe_model(module, torch.float32, torch.device("cpu"))
+    model = replace(model, tap=FeatureTap(module))
     info = ModelInfo("tiny", "", "", model.vocab_size, "float32", "cpu")
     runner = ModelRunner(model, num_blocks, BLOCK_SIZE)
     return PagedEngine(runner, info, frozenset(), model.max_sequence_len, num_blocks, BLOCK_SIZE, 0.0)
@@ -65,6 +70,16 @@ def draft_core(drafter: Drafter, max_sequences: int, max_sequence_len: int = 64)
 def model_drafter(module: PreTrainedModel, sampler: LogitsSampler) -> ModelDrafter:
     engine = paged_engine(module)
     return ModelDrafter(PagedDraftModel(engine, sampler), BlockManager(engine.num_blocks, engine.block_size))
+
+
+def feature_drafter(module: PreTrainedModel) -> FeatureDrafter:
+    """The model fed with features; those are added to its embeddings as they are."""
+    module = copy.deepcopy(module)
+    table = module.get_input_embeddings().weight.detach()
+    module.set_input_embeddings(FeatureInput(table, 0.3 * torch.eye(table.shape[1])))
+    engine = paged_engine(module)
+    model = FeatureDraftModel(engine, Sampler())
+    return FeatureDrafter(model, BlockManager(engine.num_blocks, engine.block_size))
 
 
 def translated_drafter(module: PreTrainedModel, pair: VocabularyPair, greedy_by_text: bool = True) -> TranslatedDrafter:
@@ -101,21 +116,29 @@ def generate(
     budget = num_tokens + 8
     openings = [_open(session, attempt, prompt, sampling, method, budget) for session, sampling in sampling_of.items()]
     _run(draft, [_for_draft(item) for item in openings])
-    committed = _commit(tokens, _run(target, [*openings, *(Decode(item.identity, 1) for item in openings)]))
+    answers = _run(target, [*openings, *(Decode(item.identity, 1) for item in openings)])
+    committed = _commit(tokens, answers)
     round_number = 0
     while running := [session for session in tokens if len(tokens[session]) < len(prompt) + num_tokens]:
         round_number += 1
+        features = {result.identity.session_id: result.features for result in answers}
         identities = {session: Identity(session, 1, attempt, round_number, len(tokens[session])) for session in running}
         asked = [
-            Propose(identity, tuple(committed[session]), 1 + sampling_of[session].seed % 3, round_number)
+            Propose(
+                identity,
+                tuple(committed[session]),
+                1 + sampling_of[session].seed % 3,
+                round_number,
+                features=features[session],
+            )
             for session, identity in identities.items()
         ]
         proposals = [r for r in _run(draft, asked) if isinstance(r, Proposed)]
         verifies = [Verify(identities[r.identity.session_id], r.proposal) for r in proposals]
-        verified = _run(target, verifies)
-        for result in verified:
+        answers = _run(target, verifies)
+        for result in answers:
             on_verified(result)
-        committed = _commit(tokens, verified)
+        committed = _commit(tokens, answers)
     closes = [Close(item.identity) for item in openings]
     for core in (draft, target):
         _run(core, closes)
@@ -139,6 +162,7 @@ def _open(
         sampling=sampling,
         verification=method,
         max_new_tokens=max_new_tokens,
+        features=True,
     )
 
 

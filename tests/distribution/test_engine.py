@@ -26,6 +26,7 @@ from tests.distribution.chains import NUM_TOKENS, count_cells, tell_lies
 from tests.distribution.chi_square import LEAST_P, p_value
 from tests.distribution.engine import (
     draft_core,
+    feature_drafter,
     generate,
     model_drafter,
     staged_drafter,
@@ -75,6 +76,10 @@ def drafter_of(kind: str, target: PreTrainedModel) -> Drafter:
             return model_drafter(stranger, Sampler())
         case "identical":
             return model_drafter(target, Sampler())
+        case "uncertain":
+            return model_drafter(near, Sampler(min_prob=0.4))
+        case "features":
+            return feature_drafter(near)
         case "lying":
             return model_drafter(near, LyingSampler())
         case "translated":
@@ -112,6 +117,9 @@ def exact(target: PreTrainedModel, sampling: SamplingParams) -> npt.NDArray[np.f
         ("bad", "top_k"),
         ("identical", "top_k"),
         ("deterministic", "penalties"),
+        ("uncertain", "top_k"),
+        ("features", "penalties"),
+        ("features", "top_k"),
         ("lying", "penalties"),
         ("translated", "penalties"),
         ("translated", "top_k"),

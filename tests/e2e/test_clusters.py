@@ -231,3 +231,16 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(tmp_path):
     assert process.returncode in (130, 143)
     assert "Traceback" not in error
     assert [entry.suffix for entry in (cache / "models").iterdir()] == [".lock"]
+
+
+def test_up_starts_as_many_workers_as_asked(tmp_path):
+    up = Up(tmp_path, ("--targets", "2", "--drafts", "2"))
+    with up.process:
+        event = ready(up)
+        assert {"coordinator", "target", "target-2", "draft", "draft-2"} <= set(event)
+        assert len(up.children()) == 6
+        command = [*COMMAND, "generate", "Hi", "--max-tokens", "4", "--address", event["coordinator"]]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        up.process.send_signal(signal.SIGTERM)
+        up.process.wait(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from services.engine.progress import Reporter
 from services.engine.sequence import Sequence
 from services.engine.step import Verdict, Work
 from services.engine.verifier import Verifier
-from tests.tiny_models import SUPPORTED_FAMILIES, save_model
+from tests.feature_drafts import export, feature_student
+from tests.tiny_models import HIDDEN_SIZE, SUPPORTED_FAMILIES, save_model
+from tests.unit.engine.feature_cores import drafted_by, feature_core, feature_model
+from tests.unit.item_builders import open_item, propose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -103,6 +107,43 @@ def test_replayed_steps_give_the_tokens_of_launched_ones(tmp_path: Path, samplin
     directory = save_model(tmp_path)
     replayed, launched = (decode(load_cuda(directory, rows), sampling, 30) for rows in (64, 0))
     assert replayed == launched
+
+
+def told(engine: PagedEngine) -> list[torch.Tensor]:
+    """What a target tells of the tokens behind the prompts, of which two were drafted wrongly."""
+    model, blocks = PagedTargetModel(engine, Verifier()), BlockManager(engine.num_blocks, engine.block_size)
+    works = []
+    for i, prompt in enumerate(PROMPTS):
+        opening = open_item(str(i), tuple(prompt), eos_token_ids=frozenset())
+        sequence = Sequence.from_open(replace(opening, features=True))
+        blocks.extend(sequence, len(sequence) + 3)
+        works.append(Work(sequence, len(prompt), Proposal(0, (3, 4)), 3))
+    verdicts = model.step(works)
+    return [torch.frombuffer(bytearray(v.features), dtype=torch.float16).float() for v in verdicts if v]
+
+
+@pytest.mark.parametrize("cuda_graph_rows", [64, 0])
+def test_features_are_those_of_the_host(tmp_path: Path, cuda_graph_rows: int) -> None:
+    directory = save_model(tmp_path)
+    for host, device in zip(told(load(directory, "cpu")), told(load_cuda(directory, cuda_graph_rows)), strict=True):
+        assert len(host)
+        torch.testing.assert_close(device, host, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("cuda_graph_rows", [64, 0])
+def test_a_head_on_features_drafts_what_it_drafts_on_the_host(tmp_path: Path, cuda_graph_rows: int) -> None:
+    target = save_model(tmp_path / "target")
+    draft = export(feature_student(target, strength=0.5), target, tmp_path / "draft")
+    rows = torch.randn(6, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1)).half().numpy()
+
+    def drafted(device: str) -> list[list[int]]:
+        core = feature_core(draft, feature_model(draft, device, cuda_graph_rows))
+        opening = open_item(prefix=tuple(PROMPTS[2]), eos_token_ids=frozenset())
+        first = replace(propose("a", 43, (1, 2, 3), 4), features=rows[:3].tobytes())
+        second = replace(propose("a", 46, (9, 8, 7), 4), features=rows[3:].tobytes())
+        return [drafted_by(core, opening, first), drafted_by(core, second)]
+
+    assert drafted("cuda") == drafted("cpu")
 
 
 def test_compiled_blocks_give_the_same_tokens(tmp_path: Path) -> None:

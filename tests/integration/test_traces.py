@@ -21,6 +21,7 @@ from outrider.v1 import sampling_pb2
 from services.common.errors import ConfigError, InvalidArgument
 from services.common.open_tracer import open_tracer
 from services.common.otel import OtelTracer, new_provider
+from services.common.service import wait_until
 from services.common.tracing import NO_TRACER, Tracer
 from tests.integration.coordinator.conftest import DRAFT, TARGET, StartCluster, start_cluster
 
@@ -147,6 +148,7 @@ async def test_a_client_that_goes_away_leaves_no_open_span(start_cluster: StartC
         call = cluster.stub.Generate(pb.GenerateRequest(**FIELDS | {"max_tokens": 20_000}))
         assert await call.read() is not grpc.aio.EOF
         call.cancel()
+        assert await wait_until(lambda: bool(traced.named("outrider.generate")), 10)
     [root] = traced.named("outrider.generate")
     assert root.attributes["outrider.cancelled"] is True
 

@@ -73,6 +73,20 @@ MUTANTS = (
         (f"{_ENGINE}[identical-top_k-rejection]",),
     ),
     Mutant(
+        "the end of a proposal decided on the sampled token",
+        (
+            Edit(
+                _SAMPLER,
+                "None if end else Sampled(*found)",
+                "None if end or (found[1] and dict(zip(*found[1]))[found[0]] < self._min_prob) else Sampled(*found)",
+            ),
+        ),
+        (
+            "tests/unit/engine/test_sampler.py::test_whether_a_row_ends_the_proposal_depends_on_the_row_alone[rejection]",
+            f"{_ENGINE}[uncertain-top_k-rejection]",
+        ),
+    ),
+    Mutant(
         "one noise for draft and acceptance",
         (
             Edit(

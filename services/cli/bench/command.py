@@ -69,8 +69,8 @@ def bench(
     outrider bench --peers transformers,prompt-lookup
     outrider bench --check-distribution --verification rejection --address host:50051
 
-    Ends with status 1 if a request or a peer failed, with a report of the rest; or if --check-distribution finds a
-    difference (p below 1e-4) or saw no draft token to verify.
+    Ends with status 1 if a request, a peer or a sweep's cluster failed, with a report of the rest; or if
+    --check-distribution finds a difference (p below 1e-4) or saw no draft token to verify.
     """
     if overhead and check_distribution is not None:
         raise click.UsageError("--overhead and --check-distribution are runs of their own; give one of them")
@@ -123,13 +123,13 @@ def _bench_prompts(
     if output.html_file is not None:
         page.check_plots()
     cases = sweep.cases(where.spec.drafter if where.address is None else "", plan.options)
-    outcomes = run_cases(where, cases, conversations, plan, notices())
-    reports = tuple(_case_report(where, plan, outcome) for outcome in outcomes)
+    swept = run_cases(where, cases, conversations, plan, notices())
+    reports = tuple(_case_report(where, plan, outcome) for outcome in swept.outcomes)
     peer_reports = _run_peers(where.spec, plan, peers, reports[0]) if peers else ()
-    notes = notes_on(plan, cases, with_peers=bool(peers))
+    notes = notes_on(plan, cases, with_peers=bool(peers)) + tuple(f"Not measured: {why}" for why in swept.failures)
     document = Document(reports, configuration, environment(sys.argv[1:]), peer_reports, notes)
     _write(document, output)
-    _fail_if_anything_did(document)
+    _fail_if_anything_did(document, swept.failures)
 
 
 def _case_report(where: Where, plan: LoadPlan, measured: CaseOutcome) -> CaseReport:
@@ -171,13 +171,14 @@ def _write(document: Document, output: Output) -> None:
         output.html_file.write_text(page.render(document), encoding="utf-8")
 
 
-def _fail_if_anything_did(document: Document) -> None:
+def _fail_if_anything_did(document: Document, not_measured: tuple[str, ...]) -> None:
     """After the report is written."""
     failures = sum((Counter(entry.report.failures) for entry in document.cases), Counter[str]())
     sentences = [f"the peer {peer.name} failed: {peer.failure}" for peer in document.peers if peer.failure]
     if failures:
         reasons = ", ".join(f"{count} {reason}" for reason, count in failures.items())
         sentences.insert(0, f"{failures.total()} requests failed: {reasons}")
+    sentences += [f"not measured: {why}" for why in not_measured]
     if sentences:
         raise CommandFailed("; ".join(sentences))
 

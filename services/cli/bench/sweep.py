@@ -18,6 +18,7 @@ from rich.console import Console
 from services.cli.bench.load import LoadPlan
 from services.cli.bench.run import RunOutcome, run_load
 from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.failure import CommandFailed
 from services.cli.prompts import Conversation
 from services.cli.terminal import Stages
 from services.client import Access, GenerateOptions
@@ -84,6 +85,13 @@ class CaseOutcome(NamedTuple):
     outcome: RunOutcome
 
 
+class Swept(NamedTuple):
+    """What was measured, and sentences on the clusters that could not be."""
+
+    outcomes: tuple[CaseOutcome, ...]
+    failures: tuple[str, ...] = ()
+
+
 class Where(NamedTuple):
     """A running coordinator, or a cluster to start."""
 
@@ -108,14 +116,24 @@ class Where(NamedTuple):
 
 def run_cases(
     where: Where, cases: Sequence[Case], conversations: Sequence[Conversation], plan: LoadPlan, console: Console
-) -> tuple[CaseOutcome, ...]:
-    """Runs them in their order. Each has plain decoding of its own in turns, since machines drift."""
+) -> Swept:
+    """Runs them in their order. Each has plain decoding of its own in turns, since machines drift.
+
+    A cluster that fails costs its own cases alone: what is measured stays. Raises CommandFailed if nothing was.
+    """
     outcomes: list[CaseOutcome] = []
+    failures: dict[str, CommandFailed] = {}
     for drafter, group in itertools.groupby(cases, key=lambda case: case.drafter):
-        with where.running(console, drafter) as (address, pid):
-            for case in group:
-                case_plan = dataclasses.replace(plan, options=case.options(plan.options))
-                title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
-                run = run_load(address, conversations, case_plan, console, pid, title=title, access=where.access)
-                outcomes.append(CaseOutcome(case, asyncio.run(run)))
-    return tuple(outcomes)
+        try:
+            with where.running(console, drafter) as (address, pid):
+                for case in group:
+                    case_plan = dataclasses.replace(plan, options=case.options(plan.options))
+                    title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
+                    run = run_load(address, conversations, case_plan, console, pid, title=title, access=where.access)
+                    outcomes.append(CaseOutcome(case, asyncio.run(run)))
+        except CommandFailed as failed:
+            failures[f"{drafter}: {failed}"] = failed
+            console.print(f"not measured: {drafter}: {failed}\n{failed.detail}".rstrip(), markup=False)
+    if not outcomes:
+        raise next(iter(failures.values()))
+    return Swept(tuple(outcomes), tuple(failures))

@@ -27,6 +27,8 @@ class Draft:
     """Tokens still to be drafted for the proposal in progress."""
     rows: list[SparseRow | None] = field(default_factory=list)
     """Of the drafted tokens."""
+    features: bytes = b""
+    """What the target told with the newest commit (services.common.items.Propose); most drafters have no use for it."""
     deferred: bool = False
     """Nothing need be computed for it before tokens are missing (drafters.fallback)."""
 

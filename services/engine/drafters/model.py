@@ -87,6 +87,8 @@ class ModelDrafter:
             self._blocks.share(draft.sequence)
             if sampled is not None:
                 draft.add(sampled.token_id, sampled.row)
+            elif work.num_rows:
+                draft.end()
             taking_part.append(draft)
         return taking_part
 

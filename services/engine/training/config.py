@@ -12,7 +12,7 @@ from services.common.errors import ConfigError
 from services.common.worker_config import DTYPES
 
 STAGES = ("all", "self-play", "train", "evaluate")
-KINDS = ("model", "early_exit")
+KINDS = ("model", "early_exit", "features")
 LOSSES = ("kl", "tv")
 
 
@@ -26,7 +26,8 @@ class TrainingConfig:
     stage: str = setting("all", "What to do of it.", choices=STAGES)
     kind: str = setting(
         "model",
-        "model: layers of its own. early_exit: the target's, with a norm and projection trained.",
+        "model: layers of its own. early_exit: the target's, with a norm and projection trained. features: layers of "
+        "its own, fed with the target's final hidden states (drafter features).",
         choices=KINDS,
     )
     device: str = setting("cpu", "`cpu` or `cuda`.")
@@ -43,11 +44,17 @@ class TrainingConfig:
     num_sequences: int = setting(0, "Conversations written at once; 0: 96 on CPU, 512 on CUDA.")
     max_conversation_len: int = setting(1024, "Most tokens of a conversation.")
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
+    start: str = setting(
+        "", "Trained draft of the same layers to start from, in place of the target's; its output vocabulary stays."
+    )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")
     head_tokens: int = setting(8192, "Output vocabulary: the most frequent tokens of the self-play.")
     loss: str = setting(
         "kl", "kl: forward KL on the target's top 64 and the rest; tv: total variation.", choices=LOSSES
+    )
+    unroll: int = setting(
+        3, "Kind features: passes of a training step, each on the features of the one before, as in a proposal."
     )
     train_tokens: int = setting(40_000_000, "Tokens to train on in all; those of the self-play are used repeatedly.")
     batch_tokens: int = setting(2048, "Tokens of a training step.")
@@ -67,6 +74,7 @@ class TrainingConfig:
             "shard_tokens": (1, 1 << 24),
             "width": (0, 1 << 16),
             "head_tokens": (16, 1 << 20),
+            "unroll": (1, 16),
             "train_tokens": (1, 1 << 40),
             "batch_tokens": (64, 1 << 20),
             "learning_rate": (1e-7, 1.0),
@@ -78,6 +86,10 @@ class TrainingConfig:
                 raise ConfigError(f"{name}: {value} is not between {low} and {high}")
         if self.kind == "early_exit" and self.width:
             raise ConfigError("width: an early exit is as wide as its target; leave it out")
+        if self.kind == "features" and self.width:
+            raise ConfigError("width: a head on features is as wide as its target; leave it out")
+        if self.start and self.kind == "early_exit":
+            raise ConfigError("start: an early exit starts from its target; leave it out")
         self.layer_indices  # noqa: B018 - raises where they are malformed
 
     @property

@@ -44,13 +44,15 @@ class Batch:
     """float32 [P]"""
     num_tokens: int
     """Without padding."""
+    answered: torch.Tensor
+    """bool [B, T]: which tokens are of answers."""
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
         return replace(self, **moved)
 
 
-_TENSORS = ("tokens", "sequences", "positions", "row_ids", "row_log_probs", "tails")
+_TENSORS = ("tokens", "sequences", "positions", "row_ids", "row_log_probs", "tails", "answered")
 
 
 class Corpus:
@@ -109,9 +111,11 @@ def collate(transcripts: Sequence[Transcript]) -> Batch:
     """Lays conversations side by side. Rows of tokens at index 0, which nothing predicts, are left out."""
     longest = max(len(t.tokens) for t in transcripts)
     tokens = np.zeros((len(transcripts), longest), dtype=np.int64)
+    answered = np.zeros_like(tokens, dtype=bool)
     sequences, positions, rows = [], [], []
     for i, transcript in enumerate(transcripts):
         tokens[i, : len(transcript.tokens)] = transcript.tokens
+        answered[i, : len(transcript.tokens)] = np.isin(transcript.origins, ANSWERS)
         at = np.flatnonzero(has_row(transcript.origins))
         kept = at > 0
         sequences.append(np.full(int(kept.sum()), i))
@@ -126,6 +130,7 @@ def collate(transcripts: Sequence[Transcript]) -> Batch:
         torch.from_numpy(log_probs.astype(np.float32)),
         torch.from_numpy(tails.astype(np.float32)),
         sum(len(t.tokens) for t in transcripts),
+        torch.from_numpy(answered),
     )
 
 

@@ -53,18 +53,19 @@ def evaluate(
     losses, shares, hits, origins, fresh = [], [], [], [], []
     for transcript in transcripts:
         batch = collate([transcript]).to(device)
-        hidden = student(batch.tokens)[batch.sequences, batch.positions]
-        logits = student.logits(hidden)
+        passes = student.passes(batch, num_draft_tokens)
+        every = [student.logits(hidden[batch.sequences, batch.positions]) for hidden in passes]
+        logits = every[0]
         taught = lesson(batch.row_ids, batch.row_log_probs, batch.tails, place_of)
         losses.append(forward_kl(logits, taught).cpu().numpy())
         shares.append(acceptance(logits, taught).cpu().numpy())
-        best = student.head_ids.to(device)[logits.argmax(dim=1)]
-        hits.append((best == batch.tokens[batch.sequences, batch.positions + 1]).cpu().numpy())
+        best = student.head_ids.to(device)[torch.stack([each.argmax(dim=1) for each in every], 1)]
+        hits.append((best == batch.tokens[batch.sequences, batch.positions + 1, None]).cpu().numpy())
         origins.append(origins_of([transcript]))
         fresh.append(_before_loops(transcript))
     walked = [run[ok] for run, ok, _ in _greedy_runs(hits, origins, fresh)]
     all_runs = [run for run, _, _ in _greedy_runs(hits, origins, fresh)]
-    origin, hit = np.concatenate(origins), np.concatenate(hits)
+    origin, hit = np.concatenate(origins), np.concatenate(hits)[:, 0]
     answers, warm = np.isin(origin, ANSWERS), origin == Origin.WARM
     lens, reached, accepted = walk(all_runs, num_draft_tokens)
     return Figures(
@@ -79,13 +80,18 @@ def evaluate(
 
 
 def walk(runs: Sequence[Flags], num_draft_tokens: int) -> tuple[float, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Serves answers of which each token was foreseen or not: tokens a step, and by position verified and accepted."""
+    """Serves answers of which each token was foreseen or not: tokens a step, and by position verified and accepted.
+
+    A run is [length, places]: whether a token is foreseen at each place in a draft, the last column counting for all
+    places beyond.
+    """
     reached, accepted = (np.zeros(num_draft_tokens, dtype=np.int64) for _ in range(2))
     num_tokens = num_steps = 0
     for run in runs:
         at = 0
         while at < len(run):
-            draft = run[at : at + num_draft_tokens]
+            places = np.arange(min(num_draft_tokens, len(run) - at))
+            draft = run[at + places, np.minimum(places, run.shape[1] - 1)]
             num_accepted = len(draft) if draft.all() else int(draft.argmin())
             reached[: min(num_accepted + 1, len(draft))] += 1
             accepted[:num_accepted] += 1

@@ -13,13 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.common.errors import ConfigError, ModelUnsupported
-from services.engine.trained_draft import EARLY_EXIT, SECTION, Ends, Manifest, read_layers, skeleton
+from services.engine.models import load_config
+from services.engine.trained_draft import (
+    EARLY_EXIT,
+    SECTION,
+    Ends,
+    Manifest,
+    embedding_scale,
+    read_layers,
+    read_manifest,
+    skeleton,
+)
+from services.engine.training.corpus import Batch
 
 PROJECTIONS = ("input_projection", "output_projection")
+FEATURE_PROJECTION = "feature_projection"
 
 
 class Student(torch.nn.Module):
@@ -28,23 +40,27 @@ class Student(torch.nn.Module):
     embedding: Tensor
     head: Tensor
 
-    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, kind: str = "model") -> None:
+    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, kind: str = "model", attention: str = "sdpa") -> None:
         """`config`: of the student, see `student_config`. Weights are random until `start_from` or a checkpoint."""
         super().__init__()
         self._kind = kind
         self.config, hidden = config, ends.embedding.shape[1]
-        self.causal = skeleton(config, "sdpa")
+        self.causal = skeleton(config, attention)
         self.base = self.causal.base_model
         width = config.get_text_config().hidden_size
-        self.register_buffer("embedding", ends.embedding.float(), persistent=False)
+        self.register_buffer("embedding", ends.embedding.float() * embedding_scale(self.causal), persistent=False)
         self.register_buffer("head", ends.head[head_ids].float(), persistent=False)
         self.head_ids = head_ids
         self.input_projection = _projection(width, hidden)
         self.output_projection = _projection(hidden, width)
+        self.add_inputs()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
+
+    def add_inputs(self) -> None:
+        """Adds parameters that a kind has for inputs of its own."""
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by the names they are exported under."""
@@ -67,6 +83,13 @@ class Student(torch.nn.Module):
         inputs = torch.nn.functional.embedding(tokens, self.embedding) @ self.input_projection.T
         hidden: Tensor = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return hidden
+
+    def passes(self, batch: Batch, num_passes: int, cut: bool = False) -> list[Tensor]:
+        """Hidden states [B, T, width] by place in a draft; the last ones count for all places beyond.
+
+        `cut`: keep from some conversations what is not always there in service.
+        """
+        return [self(batch.tokens)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [P, width] to float32 logits [P, R]."""
@@ -104,6 +127,9 @@ def student_config(target: Any, layers: tuple[int, ...], width: int) -> Any:
         )
     if getattr(text, "final_logit_softcapping", None):
         raise ModelUnsupported("kind: a target that caps its logits cannot lend its head to a draft")
+    for name in ("logits_scaling", "logit_scale"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ModelUnsupported(f"kind: a target that scales its logits ({name}) cannot lend its head to a draft")
     config = copy.deepcopy(text)
     if (kinds := getattr(text, "layer_types", None)) is not None:
         config.layer_types = None
@@ -114,6 +140,30 @@ def student_config(target: Any, layers: tuple[int, ...], width: int) -> Any:
     if width and width != text.hidden_size:
         _narrow(config, width)
     return config
+
+
+def read_draft(directory: Path, embedding_digest: str) -> dict[str, Tensor]:
+    """Weights of a trained draft, by name, to start another one from. Raises ConfigError for one of another target."""
+    manifest = read_manifest(load_config(directory)) if (directory / "config.json").is_file() else None
+    if manifest is None:
+        raise ConfigError(f"start: {directory} is no trained draft")
+    if manifest.embedding_digest != embedding_digest:
+        raise ConfigError(f"start: {directory} was trained for {manifest.target}, which has other embeddings")
+    return load_file(directory / "model.safetensors")
+
+
+def continue_from(student: Student, weights: dict[str, Tensor]) -> None:
+    """Copies a trained draft's weights. Features that it did not know count for nothing yet. Raises ConfigError."""
+    parameters = student.trained()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name == FEATURE_PROJECTION and name not in weights:
+                continue
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise ConfigError(f"start: the draft has no {name} of the shape {tuple(parameter.shape)}")
+            parameter.copy_(weights[name])
+    if others := sorted(weights.keys() - parameters.keys() - {"head_ids"}):
+        raise ConfigError(f"start: the draft has weights that this one lacks: {', '.join(others)}")
 
 
 def _narrow(config: Any, width: int) -> None:

@@ -8,31 +8,43 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from services.common.config import cache_dir
 from services.common.errors import ConfigError
 from services.engine import digest
-from services.engine.models import load_config, torch_device
+from services.engine.models import load_config, torch_device, torch_dtype
 from services.engine.paged_model import EngineOptions, load_engine
 from services.engine.progress import Reporter
-from services.engine.trained_draft import EARLY_EXIT, Manifest, read_ends
+from services.engine.trained_draft import EARLY_EXIT, FEATURES, Ends, Manifest, read_ends
 from services.engine.training import checkpoint, report
 from services.engine.training.checkpoint import Progress
 from services.engine.training.config import TrainingConfig
 from services.engine.training.corpus import Corpus, head_tokens
 from services.engine.training.costs import Costs, measure_costs
 from services.engine.training.display import progress as show_progress
+from services.engine.training.feature_student import FeatureStudent, load_target
 from services.engine.training.shards import ShardStore
 from services.engine.training.stop import Stop
-from services.engine.training.student import Student, start_from, student_config
+from services.engine.training.student import Student, continue_from, read_draft, start_from, student_config
 from services.engine.training.trainer import Recipe, Trainer
 from services.engine.training.writing import dtype_of
 
-_SETTINGS = ("kind", "layers", "width", "head_tokens", "loss", "seed", "batch_tokens", "learning_rate", "train_tokens")
-"""What may not change between the parts of a run; the last three may, and then change its course."""
+_SETTINGS = (
+    "kind",
+    "layers",
+    "width",
+    "head_tokens",
+    "loss",
+    "seed",
+    "batch_tokens",
+    "learning_rate",
+    "train_tokens",
+    "unroll",
+)
+"""What may not change between the parts of a run; the last ones may, and then change its course."""
 _FIXED = _SETTINGS[:5]
 
 
@@ -60,23 +72,37 @@ class Teaching:
         corpus = self.open_corpus(None)
         ends = read_ends(self._target)
         vocab_size = len(ends.embedding)
-        resumes = path.exists()
+        resumes, start = path.exists(), self._start(ends)
         if resumes:
             done, head_ids = checkpoint.read_progress(path)
             self._check_settings(done)
         else:
             done = Progress({name: getattr(self._config, name) for name in _SETTINGS})
-            chosen = head_tokens(corpus.token_mass(vocab_size), min(self._config.head_tokens, vocab_size), always)
-            head_ids = torch.from_numpy(chosen)
+            head_ids = start["head_ids"].long() if start else self._head_ids(corpus, vocab_size, always)
         layers, width = self._config.layer_indices, self._config.width
         torch.manual_seed(self._config.seed)
-        student = Student(student_config(load_config(self._target), layers, width), ends, head_ids, self._config.kind)
+        student = self._student(student_config(load_config(self._target), layers, width), ends, head_ids)
         if not resumes or self._config.kind == EARLY_EXIT:  # whose layers no checkpoint holds
             start_from(student, self._target, layers, width)
+        if start and not resumes:
+            continue_from(student, start)
         trainer = Trainer(student, self._recipe(), self._device, vocab_size, done)
         if resumes:
             trainer.load(path)
         return Lesson(trainer, path, corpus)
+
+    def _head_ids(self, corpus: Corpus, vocab_size: int, always: frozenset[int]) -> torch.Tensor:
+        num = min(self._config.head_tokens, vocab_size)
+        return torch.from_numpy(head_tokens(corpus.token_mass(vocab_size), num, always))
+
+    def _start(self, ends: Ends) -> dict[str, torch.Tensor]:
+        """Weights of the draft to start from, if there is one."""
+        return read_draft(Path(self._config.start), ends.digest) if self._config.start else {}
+
+    def _student(self, config: Any, ends: Ends, head_ids: torch.Tensor) -> Student:
+        if self._config.kind != FEATURES:
+            return Student(config, ends, head_ids, self._config.kind)
+        return FeatureStudent(config, ends, head_ids, load_target(self._target, torch_dtype(dtype_of(self._config))))
 
     def train(self, lesson: Lesson, stop: Stop) -> bool:
         """Trains until all tokens are done or `stop`, saving from time to time; returns whether all are done."""
@@ -136,6 +162,7 @@ class Teaching:
             batch_tokens=config.batch_tokens,
             seed=config.seed,
             num_draft_tokens=config.num_draft_tokens,
+            unroll=config.unroll,
             autocast=dtype_of(config) == "bfloat16",
         )
 

@@ -27,6 +27,8 @@ _LAST_SHARE = 0.05
 _EVALUATIONS = 40
 _BETAS = (0.9, 0.98)
 _MAX_NORM = 1.0
+_PASS_WEIGHT = 0.8
+"""What a pass counts for, of the one before: a token far into a draft is seldom reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Recipe:
     num_draft_tokens: int
     autocast: bool
     """Compute products in bfloat16."""
+    unroll: int = 1
+    """Passes of a step, for a student that has several."""
     max_held_out: int = 48
     """Conversations that an evaluation takes."""
 
@@ -109,10 +113,12 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.learning_rate * self._rate()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.autocast):
-            hidden = self.student(batch.tokens)[batch.sequences, batch.positions]
-            logits = self.student.logits(hidden)
+            passes = self.student.passes(batch, self._recipe.unroll, cut=True)
+            logits = [self.student.logits(hidden[batch.sequences, batch.positions]) for hidden in passes]
         taught = lesson(batch.row_ids, batch.row_log_probs, batch.tails, self.place_of)
-        loss = LOSSES[self._recipe.loss](logits, taught).mean()
+        weights = [_PASS_WEIGHT**i for i in range(len(passes))]
+        losses = [LOSSES[self._recipe.loss](each, taught).mean() * w for each, w in zip(logits, weights, strict=True)]
+        loss = torch.stack(losses).sum() / sum(weights)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(list(self._trained.values()), _MAX_NORM)

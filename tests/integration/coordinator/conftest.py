@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,17 +12,19 @@ from typing import Any
 import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
-from outrider.v1 import coordinator_pb2_grpc
+from outrider.v1 import coordinator_pb2_grpc, target_pb2
 
 from services.common import rpc
 from services.common.tracing import NO_TRACER, Tracer
-from services.common.worker_server import RunningWorker
+from services.common.worker_server import BuiltWorker, Recipe, RunningWorker, running_worker
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
 from services.draft.config import DraftConfig
 from services.draft.server import running_draft
 from services.target.config import TargetConfig
+from services.target.server import build as build_target
 from services.target.server import running_target
+from services.target.servicer import TargetServicer
 
 TARGET = TargetConfig(host="127.0.0.1", port=0, model="simulated", simulated_step_ms=0.0)
 DRAFT = DraftConfig(host="127.0.0.1", port=0, model="simulated", drafter="simulated", simulated_token_ms=0.0)
@@ -36,7 +38,7 @@ class Result:
 
     @property
     def started(self) -> pb.GenerationStarted:
-        return self.responses[0].started
+        return next(response.started for response in self.responses if response.HasField("started"))
 
     @property
     def tokens(self) -> list[int]:
@@ -94,17 +96,127 @@ def start_cluster(redis_url: str) -> StartCluster:
                 drafts=f"127.0.0.1:{running_d.port}" if running_d else "",
             )
             tracer = tracers.get("coordinator", NO_TRACER)
-            running_c = running_coordinator(dataclasses.replace(config, **settings), tracer=tracer)
-            coordinator = await stack.enter_async_context(running_c)
-            assert await coordinator.wait_ready(10)
-            options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
-            channel = await stack.enter_async_context(
-                grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}", options=options)
+            coordinator, stub = await stack.enter_async_context(
+                coordinating(dataclasses.replace(config, **settings), tracer)
             )
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             yield Cluster(coordinator, running_t, running_d, stub)
 
     return start
+
+
+@dataclass(frozen=True, slots=True)
+class ManyWorkers(Cluster):
+    """A cluster of several targets and drafts; `target` and `draft` are the first ones."""
+
+    targets: tuple[RunningWorker, ...]
+    drafts: tuple[RunningWorker, ...]
+
+    @property
+    def workers(self) -> tuple[RunningWorker, ...]:
+        return (*self.targets, *self.drafts)
+
+
+StartMany = Callable[..., contextlib.AbstractAsyncContextManager[ManyWorkers]]
+
+
+@pytest.fixture
+def start_many(redis_url: str) -> StartMany:
+    """Starts a cluster: `start_many(targets, drafts, **coordinator settings)`, of configurations or Models."""
+
+    @contextlib.asynccontextmanager
+    async def start(
+        targets: Sequence[TargetConfig | Model], drafts: Sequence[DraftConfig], /, **settings: Any
+    ) -> AsyncIterator[ManyWorkers]:
+        async with contextlib.AsyncExitStack() as stack:
+            running_t = [await stack.enter_async_context(start_target(target)) for target in targets]
+            running_d = [await stack.enter_async_context(running_draft(draft)) for draft in drafts]
+            config = CoordinatorConfig(
+                port=0,
+                redis_url=redis_url,
+                tokenizer="simulated",
+                targets=",".join(f"127.0.0.1:{target.port}" for target in running_t),
+                drafts=",".join(f"127.0.0.1:{draft.port}" for draft in running_d),
+            )
+            config = dataclasses.replace(config, **settings)
+            coordinator, stub = await stack.enter_async_context(coordinating(config))
+            yield ManyWorkers(
+                coordinator,
+                running_t[0],
+                running_d[0] if running_d else None,
+                stub,
+                targets=tuple(running_t),
+                drafts=tuple(running_d),
+            )
+
+    return start
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A target that tells of itself otherwise: `changes` are those of its ModelInfo."""
+
+    config: TargetConfig
+    changes: dict[str, Any]
+
+
+def start_target(target: TargetConfig | Model) -> contextlib.AbstractAsyncContextManager[RunningWorker]:
+    if isinstance(target, TargetConfig):
+        return running_target(target)
+    changes, config = target.changes, target.config
+
+    def build() -> BuiltWorker:
+        built = build_target(config)
+        assert built.info.model is not None
+        return built._replace(
+            info=dataclasses.replace(built.info, model=dataclasses.replace(built.info.model, **changes))
+        )
+
+    service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
+    return running_worker(config, Recipe("target", service, TargetServicer, build))
+
+
+@contextlib.asynccontextmanager
+async def coordinating(
+    config: CoordinatorConfig,
+    tracer: Tracer = NO_TRACER,
+) -> AsyncIterator[tuple[RunningCoordinator, coordinator_pb2_grpc.CoordinatorServiceAsyncStub]]:
+    """A coordinator that is ready, and a stub."""
+    async with running_coordinator(config, tracer=tracer) as coordinator:
+        assert await coordinator.wait_ready(10)
+        options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}", options=options) as channel:
+            yield coordinator, coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One of several coordinators."""
+
+    running: RunningCoordinator
+    stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+
+    @property
+    def port(self) -> int:
+        return self.running.port
+
+
+@contextlib.asynccontextmanager
+async def node(workers: Cluster | tuple[int, int], redis_url: str, **settings: Any) -> AsyncIterator[Node]:
+    """One more coordinator over the same workers, given by a cluster or by their ports."""
+    if isinstance(workers, Cluster):
+        workers = workers.target.port, workers.draft.port if workers.draft else 0
+    config = CoordinatorConfig(
+        port=0,
+        redis_url=redis_url,
+        tokenizer="simulated",
+        targets=f"127.0.0.1:{workers[0]}",
+        drafts=f"127.0.0.1:{workers[1]}" if workers[1] else "",
+    )
+    async with running_coordinator(dataclasses.replace(config, **settings)) as running:
+        assert await running.wait_ready(10)
+        options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", options=options) as channel:
+            yield Node(running, coordinator_pb2_grpc.CoordinatorServiceStub(channel))
 
 
 @pytest.fixture

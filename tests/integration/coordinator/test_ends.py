@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
+from redis import Redis
 
 from services.common import rpc
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.service import wait_until
+from services.common.session_store import Acquisition, SessionStore
 from services.coordinator import admission
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import running_coordinator
@@ -82,6 +84,61 @@ async def test_a_next_turn_may_follow_at_once_behind_a_stream_left(start_cluster
             assert len(turn.tokens) == 3
 
 
+@dataclass(frozen=True, slots=True)
+class SlowStore:
+    """Acquisitions are answered late."""
+
+    acquired: asyncio.Event = field(default_factory=asyncio.Event)
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@pytest.fixture
+def slow_store(monkeypatch: pytest.MonkeyPatch) -> SlowStore:
+    slow, acquire = SlowStore(), SessionStore.acquire
+
+    async def acquire_slowly(store: SessionStore, acquisition: Acquisition) -> int:
+        epoch = await acquire(store, acquisition)
+        slow.acquired.set()
+        await slow.may_answer.wait()
+        return epoch
+
+    monkeypatch.setattr(SessionStore, "acquire", acquire_slowly)
+    return slow
+
+
+async def test_a_client_that_goes_away_while_its_session_is_acquired_leaves_no_session_that_seems_to_run(
+    cluster: Cluster, redis_url: str, slow_store: SlowStore
+) -> None:
+    request = new_request(max_tokens=1000)
+    call = cluster.stub.Generate(pb.GenerateRequest(**request))
+    async with asyncio.timeout(5):
+        await slow_store.acquired.wait()
+        call.cancel()
+        await cluster.stub.ListModels(pb.ListModelsRequest())  # arrives behind the cancellation
+    slow_store.may_answer.set()
+    with Redis.from_url(redis_url) as redis:
+        key = f"outrider:{{{request['session_id']}}}:meta"
+        assert await wait_until(lambda: redis.hget(key, "running") == b"0", 5.0)
+    turn = await cluster.generate(**{**request, "request_id": str(uuid.uuid4()), "max_tokens": 3})
+    assert len(turn.tokens) == 3
+
+
+async def test_a_session_that_is_being_opened_when_the_coordinator_stops_has_moved(
+    cluster: Cluster, slow_store: SlowStore
+) -> None:
+    call = cluster.stub.Generate(pb.GenerateRequest(**new_request(max_tokens=1000)))
+    async with asyncio.timeout(5):
+        await slow_store.acquired.wait()
+        stopping = asyncio.create_task(cluster.coordinator.coordinator.aclose())
+        await asyncio.sleep(0)
+        slow_store.may_answer.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_to_the_end(call)
+        await stopping
+    error = rpc.error_from_rpc(caught.value)
+    assert (type(error), error.reason) == (Unavailable, "MOVED")
+
+
 async def test_more_alternatives_than_the_vocabulary_has_are_repeated_as_they_were(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +187,23 @@ async def test_a_seed_that_was_drawn_is_kept_on_resume(start_cluster: StartClust
         assert [*first.token_ids, *rest.tokens] == whole.tokens
 
 
+async def test_a_heartbeat_of_a_resumed_stream_counts_what_was_durable_before(start_cluster: StartCluster) -> None:
+    async with start_cluster(target=replace(TARGET, simulated_step_ms=100.0), heartbeat_ms=10) as cluster:
+        request = new_request(max_tokens=30, num_draft_tokens=0)
+        call, num_received = cluster.stub.Generate(pb.GenerateRequest(**request)), 0
+        while num_received < 3:
+            num_received += len((await call.read()).token_ids)
+        call.cancel()
+        assert await wait_until(lambda: cluster.coordinator.coordinator.num_running == 0, 1.0)
+        resume = pb.ResumePoint(num_received_tokens=num_received)
+        again = cluster.stub.Generate(pb.GenerateRequest(**request, resume=resume))
+        assert (await again.read()).HasField("started")
+        heartbeat = await again.read()
+        assert not heartbeat.token_ids
+        assert heartbeat.durable_len >= num_received
+        again.cancel()
+
+
 async def test_many_resumes_at_once_leave_one_stream_and_one_generation(start_cluster: StartCluster) -> None:
     async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
         request = new_request(max_tokens=80)
@@ -144,7 +218,7 @@ async def test_many_resumes_at_once_leave_one_stream_and_one_generation(start_cl
 
 
 async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_sequences(
-    start_cluster: StartCluster,
+    start_cluster: StartCluster, redis_url: str
 ) -> None:
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with (
@@ -152,10 +226,18 @@ async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_seq
         grpc.aio.insecure_channel(f"127.0.0.1:{cluster.coordinator.port}", options=narrow) as channel,
     ):
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-        call = stub.Generate(pb.GenerateRequest(**new_request(max_tokens=30_000, num_draft_tokens=0)))
+        request = new_request(max_tokens=30_000, num_draft_tokens=0)
+        call = stub.Generate(pb.GenerateRequest(**request))
         await call.read()
-        await asyncio.sleep(2.0)
-        engine = cluster.target.engine
+        engine, lens = cluster.target.engine, [0]
+        with Redis.from_url(redis_url) as redis:
+
+            def is_blocked() -> bool:  # the record grows as long as the stream takes tokens
+                lens.append(redis.strlen(f"outrider:{{{request['session_id']}}}:tokens"))
+                return lens[-6:].count(lens[-1]) == 6
+
+            assert await wait_until(is_blocked, 30.0)
+        assert lens[-1] < 4 * 30_000
         assert engine.load.num_sequences == 1
         call.cancel()
         assert await wait_until(lambda: engine.load.num_sequences == 0, 1.0)

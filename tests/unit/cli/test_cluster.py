@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
+import click
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer, models
 
 from services.cli.cluster import (
     Cluster,
     ClusterSpec,
+    PoolSpec,
     PreparedModel,
     child_environment,
     coordinator_flags,
     draft_flags,
+    pool_addresses,
     split_threads,
     target_flags,
+    worker_names,
 )
 from services.cli.failure import CommandFailed
+from services.cli.up import DraftPool, up
 from services.cli.vocabulary import differ
 from services.common.config import load
 from services.coordinator.config import CoordinatorConfig
@@ -42,6 +48,51 @@ SIMULATED = ClusterSpec(target="simulated", drafter="simulated", num_draft_token
 )
 def test_threads_are_split_between_what_computes(cores, drafter, split):
     assert split_threads(cores, drafter) == split
+
+
+def test_several_workers_share_the_threads_and_take_free_ports():
+    assert split_threads(16, "model", num_targets=3, num_drafts=2) == (4, 2)
+    assert split_threads(2, "ngram", num_targets=3, num_drafts=3) == (1, 1)
+    spec = dataclasses.replace(SIMULATED, num_targets=3, num_drafts=2, target_port=50053, draft_port=50052)
+    assert spec.target_ports == (50053, 0, 0)
+    assert spec.draft_ports == (50052, 0)
+    assert worker_names("target", 3) == ["target", "target-2", "target-3"]
+
+
+def test_named_pools_of_drafts_are_told_to_the_coordinator_by_name():
+    spec = dataclasses.replace(SIMULATED, num_drafts=2, draft_port=50052)
+    assert pool_addresses(spec, ["h:1", "h:2"]) == "h:1,h:2"
+    pools = (PoolSpec("fast", "suffix", ""), PoolSpec("big", "simulated", "simulated"))
+    named = dataclasses.replace(spec, named_pools=pools)
+    assert named.draft_ports == (50052, 0, 0, 0)
+    drafts = pool_addresses(named, ["h:1", "h:2", "h:3", "h:4"])
+    told = CoordinatorConfig(drafts=drafts, tokenizer="simulated").draft_pools
+    assert [(pool.name, len(pool.sources)) for pool in told] == [("fast", 2), ("big", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "pool"),
+    [
+        ("fast=suffix", PoolSpec("fast", "suffix", "")),
+        ("big-1=suffix,model:/models/a:b", PoolSpec("big-1", "suffix,model", "/models/a:b")),
+    ],
+)
+def test_a_pool_is_named_with_what_it_drafts_by(text, pool):
+    assert DraftPool().convert(text, None, None) == pool
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("suffix", "is no pool such as"), ("a b=suffix", "is no pool"), ("a=magic", "'magic' is not")]
+)
+def test_other_pools_are_refused_with_the_reason(text, message):
+    with pytest.raises(click.BadParameter, match=message):
+        DraftPool().convert(text, None, None)
+
+
+def test_pools_of_one_name_are_refused():
+    done = CliRunner().invoke(up, ["--simulated", "--draft-pool", "a=suffix", "--draft-pool", "a=ngram"])
+    assert done.exit_code == 2
+    assert "two pools have the same name" in done.output
 
 
 def options(flags: list[str]) -> dict[str, str]:

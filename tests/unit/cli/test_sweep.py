@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
 import click
 import pytest
+from rich.console import Console
 
+from services.cli.bench import sweep as sweep_module
+from services.cli.bench.load import LoadPlan
 from services.cli.bench.options import Chains, Names
-from services.cli.bench.sweep import Case, Sweep
+from services.cli.bench.sweep import Case, Sweep, Where, run_cases
+from services.cli.cluster import ClusterSpec
+from services.cli.failure import CommandFailed
 from services.client import GenerateOptions
 from services.common.values import VerificationMethod
 
@@ -50,3 +60,50 @@ def test_drafters_of_a_sweep_may_be_chains():
     assert Chains().convert("ngram,suffix+model,ngram", None, None) == ("ngram", "suffix,model")
     with pytest.raises(click.BadParameter, match="nothing can stand behind it"):
         Chains().convert("ngram,model+suffix", None, None)
+
+
+class Clusters(Where):
+    """Of which those of `broken` drafters don't start."""
+
+    broken: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def running(self, console: Console, drafter: str) -> Iterator[tuple[str, int | None]]:
+        if drafter in self.broken:
+            raise CommandFailed("the draft ended before it was ready", detail="its log")
+        yield "nowhere:1", None
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
+    async def run_load(*args: Any, title: str, **others: Any) -> str:
+        return title
+
+    monkeypatch.setattr(sweep_module, "run_load", run_load)
+    return Console(file=io.StringIO(), width=200)
+
+
+def cases_of(*drafters: str) -> tuple[Case, ...]:
+    return tuple(Case(drafter, k, 0.0, COUPLED) for drafter in drafters for k in (1, 2))
+
+
+def run(clusters: Clusters, cases: tuple[Case, ...], console: Console) -> sweep_module.Swept:
+    plan = LoadPlan(GenerateOptions())
+    return run_cases(clusters, cases, (), plan, console)
+
+
+def test_what_is_measured_stays_when_a_later_cluster_does_not_start(shown: Console) -> None:
+    clusters = Clusters(None, ClusterSpec())
+    clusters.broken = ("model",)
+    swept = run(clusters, cases_of("ngram", "model", "suffix"), shown)
+    assert [found.case.drafter for found in swept.outcomes] == ["ngram", "ngram", "suffix", "suffix"]
+    assert swept.failures == ("model: the draft ended before it was ready",)
+    assert "its log" in shown.file.getvalue()
+
+
+def test_a_sweep_of_which_nothing_runs_fails_as_its_first_cluster(shown: Console) -> None:
+    clusters = Clusters(None, ClusterSpec())
+    clusters.broken = ("ngram", "model")
+    with pytest.raises(CommandFailed, match="before it was ready") as raised:
+        run(clusters, cases_of("ngram", "model"), shown)
+    assert raised.value.detail == "its log"

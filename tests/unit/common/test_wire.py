@@ -64,6 +64,9 @@ rows = st.builds(
 )
 
 
+features = st.binary(max_size=20)
+
+
 @st.composite
 def opens(draw: st.DrawFn) -> Open:
     prefix = draw(st.lists(u32, min_size=1, max_size=30).map(tuple))
@@ -80,6 +83,7 @@ def opens(draw: st.DrawFn) -> Open:
         fork=draw(u32),
         cache_salt=draw(st.binary(max_size=40)),
         traceparent=draw(st.sampled_from(["", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"])),
+        features=draw(st.booleans()),
     )
 
 
@@ -110,7 +114,8 @@ def test_target_items_survive_the_wire(items: list) -> None:
 @fast
 @given(
     st.lists(
-        opens() | st.builds(Propose, identities, token_ids, u32, u32, u64) | st.builds(Close, identities), max_size=5
+        opens() | st.builds(Propose, identities, token_ids, u32, u32, u64, features) | st.builds(Close, identities),
+        max_size=5,
     )
 )
 def test_draft_items_survive_the_wire(items: list) -> None:
@@ -143,6 +148,7 @@ def tokens_results(draw: st.DrawFn) -> Tokens:
         num_cached_tokens=draw(u32),
         step_ns=draw(u32),
         step_rows=draw(u32),
+        features=draw(features),
     )
 
 
@@ -165,6 +171,19 @@ def test_target_results_survive_the_wire(results: list) -> None:
 def test_draft_results_survive_the_wire(results: list) -> None:
     data = wire_draft.encode_results(results, WorkerLoad()).SerializeToString()
     assert wire_draft.decode_results(draft_pb2.DraftStreamResponse.FromString(data)) == results
+
+
+@pytest.mark.parametrize("size", [1000, wire.MAX_FEATURE_BYTES // 3])
+def test_features_of_a_message_are_bounded_and_whoever_is_last_goes_without(size: int) -> None:
+    identity, rows = Identity("s", 1, 1, 0, 3), bytes(size)
+    results = [Tokens(identity, (1,), 0, 0, True, features=rows) for _ in range(8)]
+    response = wire_target.encode_results(results, WorkerLoad())
+    kept = [bool(result.features) for result in wire_target.decode_results(response)]
+    assert kept == [i < wire.MAX_FEATURE_BYTES // size for i in range(8)]
+    request = wire_draft.encode_items([Propose(identity, (1,), 2, 3, features=rows) for _ in range(8)])
+    items, _ = wire_draft.decode_items(request, assembler())
+    assert [bool(item.features) for item in items] == kept
+    assert request.ByteSize() < 4 << 20
 
 
 def test_a_refusal_keeps_its_code_reason_and_retry_hint() -> None:
@@ -244,7 +263,7 @@ def test_worker_info_survives_the_wire() -> None:
     )
     info = replace(info, activity=WorkerActivity(*range(1, 13)))
     assert wire.info_from_proto(wire.info_to_proto(info)) == info
-    bare = WorkerInfo("id", "draft", None, "ngram", 16, 8, 4096)
+    bare = WorkerInfo("id", "draft", None, "ngram", 16, 8, 4096, wants_features=True)
     assert wire.info_from_proto(wire.info_to_proto(bare)) == bare
 
 

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.errors import Aborted, OutriderError
-from services.common.session_store import Commit
+from services.common.session_record import RecordLost, Write
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.draft_length import FixedLength
-from services.coordinator.generation import Generation, Links, Timeouts
+from services.coordinator.generation import Generation, Routes, Timeouts
+from services.coordinator.journal import Journal, RecordCopy
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmer
 from services.coordinator.worker_link import TARGET_CODEC, WorkerLink
+from tests.fakes.fixed_route import FixedRoute
 
 TAKEN_OVER = Aborted("OWNERSHIP_LOST", "taken over")
 
@@ -27,14 +30,19 @@ class SlowStore:
     """Stores commits once it may."""
 
     def __init__(self) -> None:
-        self.may_answer = asyncio.Event()
+        self.was_asked, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.stored: list[Write] = []
 
-    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+    async def write_all(self, writes: Sequence[Write]) -> list[OutriderError | RecordLost | None]:
+        self.was_asked.set()
         await self.may_answer.wait()
-        return [None] * len(commits)
+        self.stored += writes
+        return [None] * len(writes)
 
 
-def new_generation(committer: Committer, output: Output, finish: FinishReason | None = None) -> Generation:
+def new_generation(
+    committer: Committer, output: Output, finish: FinishReason | None = None, route: FixedRoute | None = None
+) -> Generation:
     plan = GenerationPlan(
         session_id="s",
         lease_epoch=1,
@@ -55,12 +63,12 @@ def new_generation(committer: Committer, output: Output, finish: FinishReason | 
     return Generation(
         plan,
         [1, 65],
-        links=Links(WorkerLink("127.0.0.1:1", TARGET_CODEC), None),
+        routes=Routes(route or FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
         trimmer=trimmer,
-        journal=Journal(committer, "s", 1, 2),
+        journal=Journal(committer, "s", 1, RecordCopy.of((1, 65), b"\0\1", b"", {})),
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-        timeouts=Timeouts(1.0, 1.0, 1.0),
+        timeouts=Timeouts(ProposeDeadline(1.0), 1.0, 1.0),
         length=FixedLength(0),
         finish=finish,
     )
@@ -71,28 +79,39 @@ async def chunks_of(output: Output) -> list[Chunk]:
 
 
 @pytest.mark.parametrize("error", [TAKEN_OVER, None])
-async def test_a_generation_stopped_before_its_first_step_ends_its_stream(error: Aborted | None) -> None:
-    output = Output(max_unread_tokens=16, slow_client_s=1.0)
-    generation = new_generation(Committer(SlowStore(), retry_s=0.1), output)
+async def test_a_generation_stopped_before_its_first_step_ends_its_stream_and_releases_its_record(
+    error: Aborted | None,
+) -> None:
+    store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
+    store.may_answer.set()
+    committer = Committer(store, outage_after_s=60)
+    committer.start()
+    route = FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC))
+    generation = new_generation(committer, output, route=route)
     generation.start()
     await generation.stop(error)
+    assert route.closed
     async with asyncio.timeout(1):
+        await generation.stop(error)
         if error:
             with pytest.raises(Aborted):
                 await chunks_of(output)
         else:
             assert (await chunks_of(output))[-1].finish is FinishReason.CLOSED
+    assert [commit.fields for commit in store.stored] == [{"running": "0"}]
+    await committer.aclose()
 
 
 async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_is() -> None:
     store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
-    committer = Committer(store, retry_s=0.1)
+    committer = Committer(store, outage_after_s=60)
     committer.start()
     generation = new_generation(committer, output, FinishReason.LENGTH)
     generation.start()
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(1):
+        await store.was_asked.wait()
     waiting = asyncio.create_task(generation.stop(TAKEN_OVER))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
     store.may_answer.set()

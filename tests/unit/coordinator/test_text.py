@@ -16,9 +16,25 @@ PIECES = ["▁", "▁a", "b", "ab", "▁the", "é", "…"]
 
 
 def sentencepiece_like(token_ids: list[int]) -> str:
-    """Pieces, then single bytes from 100 on; the first space is stripped, as SentencePiece decoders do."""
-    data = b"".join(PIECES[i].encode() if i < 100 else bytes([i - 100]) for i in token_ids)
-    return data.decode("utf-8", errors="replace").replace("▁", " ").removeprefix(" ")
+    """Pieces, then single bytes from 100 on, a row of which is all U+FFFD where it is not UTF-8.
+
+    The first space is stripped, as SentencePiece decoders do.
+    """
+    parts = []
+    for is_byte, group in itertools.groupby(token_ids, lambda token_id: token_id >= 100):
+        if is_byte:
+            data = bytes(token_id - 100 for token_id in group)
+            try:
+                parts.append(data.decode())
+            except UnicodeDecodeError:
+                parts.append("\ufffd" * len(data))
+        else:
+            parts += [PIECES[token_id] for token_id in group]
+    return "".join(parts).replace("▁", " ").removeprefix(" ")
+
+
+def as_bytes(text: str) -> list[int]:
+    return [100 + byte for byte in text.encode()]
 
 
 def read(stream: TextStream, token_ids: list[int]) -> str:
@@ -45,15 +61,30 @@ def test_hidden_tokens_add_nothing() -> None:
     assert read(ByteTextStream(BYTES), [0xC3, 999, 0xA9]) == "é"
 
 
-@given(st.lists(st.integers(0, len(PIECES) - 1), max_size=20))
-@settings(deadline=None, max_examples=100)
-def test_a_window_reads_like_the_whole(token_ids: list[int]) -> None:
-    assert read(WindowTextStream(sentencepiece_like, frozenset(), ()), token_ids) == sentencepiece_like(token_ids)
+TOKENS_OF_CHARACTERS = st.lists(
+    st.one_of(st.integers(0, len(PIECES) - 1).map(lambda piece: [piece]), st.sampled_from("é你好😀").map(as_bytes)),
+    max_size=20,
+)
+
+
+@given(TOKENS_OF_CHARACTERS, TOKENS_OF_CHARACTERS)
+@settings(deadline=None, max_examples=200)
+def test_a_window_reads_like_the_whole(prompt: list[list[int]], characters: list[list[int]]) -> None:
+    context, token_ids = list(itertools.chain(*prompt)), list(itertools.chain(*characters))
+    text = read(WindowTextStream(sentencepiece_like, frozenset(), context), token_ids)
+    assert sentencepiece_like(context) + text == sentencepiece_like(context + token_ids)
 
 
 def test_the_leading_space_behind_a_prompt_survives() -> None:
     stream = WindowTextStream(sentencepiece_like, frozenset(), [2, 3])
     assert stream.push(4) == " the"
+
+
+def test_a_token_without_text_takes_no_space_from_the_next_one() -> None:
+    assert (
+        read(WindowTextStream(lambda ids: sentencepiece_like([i for i in ids if i != 99]), frozenset(), ()), [2, 99, 4])
+        == "b the"
+    )
 
 
 def test_a_window_holds_back_bytes_of_an_incomplete_character() -> None:

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import DataLoss, InvalidArgument
-from services.common.session_store import SessionRecord
+from services.common.session_record import SessionRecord
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
 from services.coordinator.chat_template import Message
-from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.request import ChatInput, Fork, GenerationRequest, ResumePoint, TextInput, TokenInput
 from services.coordinator.tokenizer import SimulatedTokenizer
-from services.coordinator.turns import adopted_tokens, check_prompt_len, common_prefix_len, next_turn
+from services.coordinator.turns import (
+    adopted_tokens,
+    check_prompt_len,
+    check_same_prompt,
+    common_prefix_len,
+    forked,
+    next_turn,
+)
 
 TOKENIZER = SimulatedTokenizer()
 HELLO = (Message("user", "hello"),)
@@ -54,6 +62,7 @@ def a_record(token_ids: list[int], prompt_len: int, *, messages: str = "", reply
         owner_key="anonymous",
         model="m",
         target_digest="",
+        target_numerics="",
         draft_digest="",
         seed=0,
         prompt_len=prompt_len,
@@ -96,6 +105,15 @@ def test_the_reply_of_a_generation_that_was_cut_off_is_what_there_is() -> None:
     record = a_record([*prompt, *b"par"], len(prompt), messages='[["user", "hello"]]')
     turn = next_turn(a_request(ChatInput((Message("user", "go on"),))), record, TOKENIZER)
     assert json.loads(turn.messages)[1] == ["assistant", "par"]
+
+
+@pytest.mark.parametrize(("end", "reply"), [((256,), "hi<eos>"), (tuple(b"STOP"), "hi")])
+def test_special_tokens_that_the_client_saw_are_no_part_of_the_reply(end: tuple[int, ...], reply: str) -> None:
+    prompt = TOKENIZER.encode_chat(HELLO)
+    record = a_record([*prompt, *b"hi", *end], len(prompt), messages='[["user", "hello"]]', reply=reply)
+    record = replace(record, parameters='{"include_special_tokens": true, "stop": ["STOP"]}')
+    turn = next_turn(a_request(ChatInput((Message("user", "bye"),))), record, TOKENIZER)
+    assert json.loads(turn.messages)[1] == ["assistant", "hi"]
 
 
 @pytest.mark.parametrize("what", [TextInput("ab"), TokenInput((97, 98))])
@@ -144,3 +162,24 @@ def test_the_common_prefix_is_common_and_longest(one: list[int], other: list[int
     length = common_prefix_len(one, other)
     assert one[:length] == other[:length]
     assert one[: length + 1] != other[: length + 1] or length == len(one) == len(other)
+
+
+def test_a_fork_begins_with_all_of_its_source_or_with_its_first_tokens() -> None:
+    source = replace(a_record([1, 2, 3, 4], 2, messages='[["user", "x"]]', reply="y"), origins=b"\0\0\1\2")
+    request = a_request(TokenInput((9,)))
+    whole = forked(replace(request, fork=Fork("s", None)), source)
+    assert whole == source
+    part = forked(replace(request, fork=Fork("s", 3)), source)
+    assert (part.token_ids, part.origins, part.messages) == ((1, 2, 3), b"\0\0\1", "")
+    assert next_turn(request, part, TOKENIZER).token_ids == (1, 2, 3, 9)
+    with pytest.raises(InvalidArgument, match="has 4 tokens, not 5"):
+        forked(replace(request, fork=Fork("s", 5)), source)
+
+
+def test_a_resumed_generation_that_continued_other_tokens_is_data_loss() -> None:
+    request = a_request(TextInput("x"))
+    for told in (0, 7):
+        check_same_prompt(replace(request, resume=ResumePoint(1, (), told)), 7)
+    check_same_prompt(request, 7)
+    with pytest.raises(DataLoss):
+        check_same_prompt(replace(request, resume=ResumePoint(1, (), 8)), 7)

@@ -16,6 +16,7 @@ from services.engine.drafters.base import Drafter
 from services.engine.drafters.model import ModelDrafter
 from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.simulated import simulated_drafter
+from services.engine.step import Sampled, Work
 from tests.unit.draft.hash_models import HashDraft, drafted_continuation
 from tests.unit.item_builders import ManualClock, close, identity, open_item, propose, simulated_continuation
 
@@ -30,6 +31,18 @@ def core_of(drafter: Drafter, *, max_sequences: int = 8, max_sequence_len: int =
         max_draft_tokens=8,
         clock=ManualClock(),
     )
+
+
+class EndingDraft(HashDraft):
+    """Ends every proposal before the token at index `ends_at`."""
+
+    def __init__(self, blocks: BlockManager, ends_at: int) -> None:
+        super().__init__(blocks)
+        self._ends_at = ends_at
+
+    def step(self, works: list[Work]) -> list[Sampled | None]:
+        found = super().step(works)
+        return [None if len(w.sequence) == self._ends_at else s for w, s in zip(works, found, strict=True)]
 
 
 class Bench:
@@ -94,6 +107,21 @@ def test_after_full_acceptance_the_next_step_feeds_two_tokens() -> None:
     (proposed,) = bench.run(propose("a", 7, committed, 2))
     assert bench.model.steps == [[(2, 1)], [(1, 1)]]
     assert tokens_of(proposed) == drafted_continuation(PREFIX + committed, 2)
+
+
+def test_a_row_that_ends_the_proposal_leaves_the_sequence_usable() -> None:
+    blocks = BlockManager(64, 4)
+    draft = EndingDraft(blocks, ends_at=6)
+    core = core_of(ModelDrafter(draft, blocks))
+    opened, proposed = run(core, open_item(prefix=PREFIX), propose("a", 3, (), 5))
+    assert isinstance(opened, Opened)
+    assert tokens_of(proposed) == drafted_continuation(PREFIX, 3)
+    (proposed,) = run(core, propose("a", 6, tokens_of(proposed), 5))
+    assert tokens_of(proposed) == ()
+    (proposed,) = run(core, propose("a", 7, (9,), 3))
+    assert tokens_of(proposed) == drafted_continuation((*PREFIX, *drafted_continuation(PREFIX, 3), 9), 3)
+    (proposed,) = run(core, propose("a", 7, (), 2))
+    assert tokens_of(proposed) == drafted_continuation((*PREFIX, *drafted_continuation(PREFIX, 3), 9), 2)
 
 
 def test_after_a_rejection_only_the_targets_own_token_is_computed() -> None:

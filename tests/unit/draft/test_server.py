@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 
 from services.common.errors import ConfigError, ModelUnsupported
 from services.common.failure import Failure
+from services.common.items import Proposed
 from services.draft import server
 from services.draft.config import DraftConfig
+from services.draft.core import DraftCore
 from tests.tiny_models import save_model
+from tests.unit.item_builders import open_item, propose
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +61,29 @@ def test_a_smaller_drafter_is_closed_where_the_model_cannot_be_loaded(tmp_path: 
     with pytest.raises((ConfigError, ModelUnsupported)):
         server._staged_drafter(DraftConfig(drafter="staged", model=str(tmp_path)), Failure())
     assert closed == ["smaller"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_draft_prob": 0.3}, "min_draft_prob: it goes with the drafters model"),
+        ({"min_draft_prob": 0.3, "drafter": "model", "target_tokenizer": "x"}, "min_draft_prob: it goes with"),
+        ({"min_draft_prob": 1.5, "drafter": "model"}, r"min_draft_prob: 1\.5 is not between 0 and 1"),
+    ],
+)
+def test_a_least_probability_is_for_a_model_of_the_targets_vocabulary(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DraftConfig(**changes)
+
+
+def test_a_least_probability_shortens_proposals(tmp_path: Path) -> None:
+    config = DraftConfig(drafter="model", model=str(save_model(tmp_path / "model")), num_blocks=16, threads=1)
+    lengths = []
+    for least in (0.0, 1.0):
+        built = server._drafter(replace(config, min_draft_prob=least), Failure())
+        core = DraftCore(built.drafter, max_sequences=1, max_sequence_len=64, max_draft_tokens=4)
+        core.handle(1, [open_item(prefix=(1, 2, 3)), propose("a", 3, (), 4)])
+        proposed = [result for _ in range(6) for _, result in core.step() if isinstance(result, Proposed)]
+        lengths.append([len(result.proposal.token_ids) for result in proposed])
+        built.close()
+    assert lengths == [[4], [0]]

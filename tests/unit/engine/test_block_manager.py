@@ -270,6 +270,18 @@ def test_cached_blocks_count_as_free() -> None:
     assert blocks.num_free_blocks == 0
 
 
+def test_a_cached_prefix_that_nobody_uses_takes_up_the_room_that_it_is_counted_in() -> None:
+    blocks = BlockManager(5, 4)
+    blocks.free(cached_sequence(blocks, TOKENS[:9]))
+    blocks.extend(new_sequence(), 12)
+    back = Sequence.from_open(open_item(prefix=TOKENS[:12]))
+    assert blocks.num_free_blocks == 2
+    assert not blocks.can_extend(back, 12)
+    assert blocks.can_extend(back, 8)
+    blocks.attach_prefix(back)
+    assert (back.num_cached, blocks.num_free_blocks) == (8, 0)
+
+
 def test_drafted_tokens_are_never_shared_and_committed_ones_never_cut() -> None:
     blocks = BlockManager(16, 4)
     sequence = Sequence.from_open(open_item(prefix=TOKENS[:9]))

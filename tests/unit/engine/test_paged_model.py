@@ -11,7 +11,7 @@ import transformers
 
 from services.common.config import cache_dir
 from services.common.errors import ConfigError, Internal, ModelUnsupported
-from services.common.items import Identity, Open, Refused
+from services.common.items import Identity, Open, Refused, TargetItem, Tokens
 from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.engine.block_manager import BlockManager
 from services.engine.paged_model import (
@@ -29,7 +29,7 @@ from services.engine.step import Sampled, Verdict, Work
 from services.engine.verifier import Verifier
 from services.target.core import TargetCore
 from tests.tiny_models import save_model
-from tests.unit.item_builders import decode, open_item
+from tests.unit.item_builders import decode, identity, open_item, verify
 
 QUIET = Reporter(quiet=True)
 
@@ -103,6 +103,60 @@ def test_a_given_name_and_number_of_blocks_are_used(tmp_path: Path) -> None:
     options = EngineOptions(str(save_model(tmp_path)), tmp_path, name="mine", num_blocks=5)
     engine = load_engine(options, QUIET)
     assert (engine.info.name, engine.num_blocks, engine.runner.pool.num_blocks) == ("mine", 5, 5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("num_drafted", [0, 3])
+def test_a_target_tells_the_hidden_states_that_its_tokens_were_chosen_from(
+    family: str, num_drafted: int, tmp_path: Path
+) -> None:
+    directory = save_model(tmp_path / "tiny", family)
+    engine = load_engine(EngineOptions(str(directory), tmp_path, num_blocks=64), QUIET)
+    core = TargetCore(
+        PagedTargetModel(engine, Verifier()),
+        BlockManager(64, 16),
+        max_sequences=8,
+        max_sequence_len=200,
+        max_draft_tokens=4,
+    )
+    prompts = {name: tuple(range(3, 8 + 5 * i)) for i, name in enumerate("abc")}
+    openings = [replace(open_item(n, p, eos_token_ids=frozenset()), features=n != "b") for n, p in prompts.items()]
+    plain = {n: run_core(core, [o, decode(n, len(prompts[n]), 5)])[n] for n, o in zip(prompts, openings, strict=True)}
+    whole = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    asked = []
+    for name, prompt in prompts.items():  # the first of the drafted tokens are right, of "c" only one
+        tokens = plain[name][0]
+        right = tokens[: 1 if name == "c" else num_drafted][:num_drafted]
+        asked += [
+            replace(openings["abc".index(name)], identity=identity(name, base_len=len(prompt), attempt=2)),
+            verify(name, len(prompt), tuple(right) + (9,) * (num_drafted - len(right)), attempt=2),
+        ]
+    verified = run_core(core, asked)
+    for name, prompt in prompts.items():
+        for tokens, features in (plain[name], verified[name]):
+            if name == "b":
+                assert features == b""
+                continue
+            context = torch.tensor([[*prompt, *tokens]])
+            with torch.no_grad():
+                hidden = whole.base_model(input_ids=context).last_hidden_state[0, len(prompt) - 1 : -1]
+            told = torch.frombuffer(bytearray(features), dtype=torch.float16).view(len(tokens), -1).float()
+            torch.testing.assert_close(told, hidden, rtol=2e-3, atol=2e-3)
+    assert len(verified["a"][0]) == num_drafted + 1
+    assert len(verified["c"][0]) == (2 if num_drafted else 1)
+
+
+def run_core(core: TargetCore, items: list[TargetItem]) -> dict[str, tuple[list[int], bytes]]:
+    """Each session's new tokens and their features."""
+    results = core.handle(1, items)
+    while core.has_work:
+        results += core.step()
+    found: dict[str, tuple[list[int], bytes]] = {}
+    for _, result in results:
+        assert isinstance(result, Tokens), result
+        tokens, features = found.setdefault(result.identity.session_id, ([], b""))
+        found[result.identity.session_id] = [*tokens, *result.token_ids], features + result.features
+    return found
 
 
 def test_draft_and_target_steps_answer_works_with_rows_only(tmp_path: Path) -> None:

@@ -104,6 +104,23 @@ def test_unlikely_tokens_are_sampled_as_often_as_their_row_says():
     assert counts / 20_000 == pytest.approx([0.9, 0.07, 0.03], abs=0.008)
 
 
+@pytest.mark.parametrize("method", VerificationMethod)
+def test_whether_a_row_ends_the_proposal_depends_on_the_row_alone(method):
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.45, 0.35, 0.2]]).log().repeat(200, 1)
+    seqs = [sequence([0], SamplingParams(seed=s // 2), method) for s in range(400)]
+    every, some = (Sampler(least).sample([work(s) for s in seqs], logits) for least in (0.0, 0.48))
+    assert some[::2] == every[::2]
+    assert some[1::2] == [None] * 200
+    assert {s.token_id for s in every[1::2]} == {0, 1, 2}
+
+
+def test_the_probability_that_ends_a_proposal_is_that_after_processing():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    (sharp,) = Sampler(0.6).sample([work(sequence([0], SamplingParams(temperature=0.5)))], logits)
+    assert sharp is not None
+    assert Sampler(0.6).sample([work(sequence([0], SamplingParams(temperature=1.0)))], logits) == [None]
+
+
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(Internal, match="not finite"):
         sample([sequence([1])], torch.tensor([[0.0, float("nan")]]))

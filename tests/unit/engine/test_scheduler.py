@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.common.values import Proposal
 from services.engine.block_manager import BlockManager
-from services.engine.scheduler import MIN_PREFILL_BUDGET, NUM_YOUNG_TOKENS, Demand, Scheduler
+from services.engine.scheduler import MAX_STRETCH, MIN_PREFILL_BUDGET, NUM_YOUNG_TOKENS, Demand, Scheduler
 from services.engine.sequence import Sequence
 from services.engine.step import Work
 from services.engine.step_times import StepTimes
@@ -201,6 +201,16 @@ def test_prefill_beside_rows_takes_what_stretches_the_step_by_little() -> None:
     assert shape(scheduler.plan([decoding(prefilling), decoding(running, (5, 6))])) == [(1, 3), (60, 0)]
     assert shape(scheduler.plan([decoding(prefilling)], num_expected_rows=3)) == [(60, 0)]
     assert shape(scheduler.plan([decoding(prefilling)])) == [(512, 0)]
+
+
+def test_steps_that_prefill_has_filled_with_rows_do_not_let_in_more_prefill() -> None:
+    times = StepTimes()
+    for num_rows in (1, 9, 1, 9):
+        times.observe(num_rows, 0, 1000 * num_rows)
+    times.observe(1, 100, 11_000)
+    budgets = [Scheduler(BlockManager(100, 4), times=times).prefill_budget(num_rows) for num_rows in (3, 5, 50)]
+    assert budgets == sorted(budgets)
+    assert budgets[2] == int(MAX_STRETCH * times.mean_ns / 100) < int(MAX_STRETCH * times.rows_ns(50) / 100)
 
 
 def test_prefill_goes_on_beside_rows_however_much_it_costs() -> None:
