@@ -89,6 +89,22 @@ fuzz-quick: setup ## The same for 30 seconds
 
 check: lint test fuzz-quick ## What CI runs
 
+check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
+	$(BIN)/python -m deploy.tools.fetch
+	$(BIN)/python -m pytest -q tests/deploy
+
+images: setup ## Build the images with docker or buildah (ARGS="--variant cuda", "--base-image REF", "coordinator")
+	$(BIN)/python -m deploy.tools.images $(ARGS)
+
+images-base: ## Make the images' base from Debian's packages, where the hub can't be reached (root, mmdebstrap, buildah)
+	deploy/tools/base_image.sh
+
+check-images: setup ## Start a container of each image, ask for health and text (bench/results/images.json)
+	$(BIN)/python -m deploy.tools.check_images $(ARGS)
+
+chart: setup ## Package the Helm chart into build/
+	"$$($(BIN)/python -m deploy.tools.fetch helm)" package deploy/helm/outrider --destination build
+
 PROMPTS ?= services/cli/prompts.jsonl
 check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
@@ -115,4 +131,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick check-distribution check-mutants
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick check-distribution check-mutants check-deploy images images-base check-images chart

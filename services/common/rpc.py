@@ -95,6 +95,11 @@ def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
     ]
 
 
+def connection_age(max_s: int) -> list[tuple[str, int]]:
+    """Of a server: after `max_s` a connection is told to go once its calls have ended; 0: never."""
+    return [("grpc.max_connection_age_ms", 1000 * max_s)] if max_s else []
+
+
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,12 +253,13 @@ class GrpcServer:
         reflect: bool = True,
         stop_grace_s: float = 1.0,
         calls: CallTally | None = None,
+        max_connection_age_s: int = 0,
     ) -> None:
         """Plaintext without `credentials`. With a `probe_port` health is served there too, in plaintext."""
         limits = limits or ServerLimits()
         self._calls = calls or CallTally()
         self._server = grpc.aio.server(
-            options=server_options(limits),
+            options=[*server_options(limits), *connection_age(max_connection_age_s)],
             interceptors=interceptors,
             maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
         )

@@ -101,6 +101,9 @@ class CoordinatorConfig(SecurityConfig):
     max_unread_tokens: int = setting(256, "Tokens that a client may leave unread before its rounds pause.")
     slow_client_s: float = setting(10.0, "Seconds of such a pause after which the call is aborted.")
     drain_s: float = setting(30.0, "Seconds that running generations get after SIGTERM.")
+    max_connection_age_s: int = setting(
+        0, "Seconds after which a connection goes once its calls have ended, so that clients look again; 0: never."
+    )
     reflection: bool = setting(True, "Serve gRPC reflection.")
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting(TEXT, LOG_FORMAT_HELP, choices=LOG_FORMATS)
@@ -130,6 +133,7 @@ class CoordinatorConfig(SecurityConfig):
             "max_unread_tokens": (1, 1_000_000),
             "slow_client_s": (0.001, 3600),
             "drain_s": (0, 86_400),
+            "max_connection_age_s": (0, 86_400),
         }
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:

@@ -18,6 +18,7 @@ from services.common.values import ModelInfo, WorkerInfo
 from services.coordinator.draft_length import LengthPolicy
 from services.coordinator.draft_pools import DraftPool, DraftShare, choose_pool, placeable
 from services.coordinator.generation import Routes
+from services.coordinator.link import Link
 from services.coordinator.rendezvous import Candidate, bounded_choice, prefix_key
 from services.coordinator.route import ItemT, PoolRoute, ResultT
 from services.coordinator.target_pools import Member, TargetKind, differences, elect

@@ -144,6 +144,7 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
         probe_port=config.probe_port_number,
         reflect=config.reflection,
         calls=calls,
+        max_connection_age_s=config.max_connection_age_s,
     )
 
 
