@@ -82,7 +82,7 @@ async def _lag(config: TargetConfig) -> dict[str, Any]:
     async with running_target(config) as worker:
         idle = await _lags_ms(LAG_SECONDS / 3)
         loop = asyncio.get_running_loop()
-        connection = worker.engine.connect(lambda results, load: loop.call_soon_threadsafe(len, results))
+        connection = worker.engine.connect(lambda results: loop.call_soon_threadsafe(len, results))
         for line in range(4):
             opened = opening(str(line), tuple(range(line, line + 64)), 64, 2000)
             connection.submit([opened, Decode(opened.identity, 2000)])
