@@ -25,7 +25,7 @@ _WATCH_S = 0.2
 _PORT = click.IntRange(0, 65_535)
 
 
-class DraftPool(click.ParamType):
+class DraftPool(click.ParamType[PoolSpec]):
     """NAME=DRAFTER[:MODEL]."""
 
     name = "pool"
