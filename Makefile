@@ -55,6 +55,9 @@ bench-simulated: setup ## Speed-up against the formula, overhead a round, plain 
 bench-draft-length: setup ## The adaptive draft length against fixed ones, and plan's predictions, on simulated workers (draft_length.json, .png)
 	$(BIN)/python -m bench.draft_length $(ARGS)
 
+bench-commit: setup ## Tokens/s with a delay of 6 ms before Redis against those without (bench/results/commit_overlap.json)
+	$(BIN)/python -m bench.commit_overlap --json bench/results/commit_overlap.json $(ARGS)
+
 bench-engine: model ## The engine on this CPU beside transformers and the memory's limit (bench/results/engine.json, engine.png; ARGS=--quick)
 	$(BIN)/python -m bench.engine $(ARGS)
 
@@ -79,6 +82,22 @@ check-mutants: setup ## Apply defects that break exactness and show which tests 
 	$(BIN)/python -m tests.mutants
 
 check: lint test ## What CI runs
+
+check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
+	$(BIN)/python -m deploy.tools.fetch
+	$(BIN)/python -m pytest -q tests/deploy
+
+images: setup ## Build the images with docker or buildah (ARGS="--variant cuda", "--base-image REF", "coordinator")
+	$(BIN)/python -m deploy.tools.images $(ARGS)
+
+images-base: ## Make the images' base from Debian's packages, where the hub can't be reached (root, mmdebstrap, buildah)
+	deploy/tools/base_image.sh
+
+check-images: setup ## Start a container of each image, ask for health and text (bench/results/images.json)
+	$(BIN)/python -m deploy.tools.check_images $(ARGS)
+
+chart: setup ## Package the Helm chart into build/
+	"$$($(BIN)/python -m deploy.tools.fetch helm)" package deploy/helm/outrider --destination build
 
 PROMPTS ?= services/cli/prompts.jsonl
 check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
@@ -106,4 +125,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean check-distribution check-mutants
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean check-distribution check-mutants check-deploy images images-base check-images chart

@@ -51,6 +51,7 @@ class Plan:
     answer: int = 32
     second_turn: int = 32
     ttft_rounds: int = 3
+    gap_rounds: int = 3
     num_gaps: int = 100
     prefill: int = 4000
     prefill_budget: int = 256
@@ -72,6 +73,7 @@ QUICK = Plan(
     steps_a_round=3,
     num_tokens=16,
     ttft_rounds=1,
+    gap_rounds=1,
     num_gaps=25,
     prefill=1000,
     answer=8,
@@ -93,7 +95,9 @@ def run(plan: Plan, model: str, dtype: str, console: Console) -> Measured:
     array = torch.ones(plan.read_bytes // 8, dtype=torch.int64)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("steps and rates", total=2 + plan.rounds + plan.ttft_rounds + NUM_CHILDREN)
+        task = progress.add_task(
+            "steps and rates", total=1 + plan.rounds + plan.ttft_rounds + plan.gap_rounds + NUM_CHILDREN
+        )
         prompt = bench.prompt(plan.prompt_len)
         for _, rate in peers:
             rate(prompt, plan.num_tokens)
@@ -109,10 +113,11 @@ def run(plan: Plan, model: str, dtype: str, console: Console) -> Measured:
             measured.hit_ttft_ms.append(hit)
             progress.advance(task)
         progress.update(task, description="prefill beside decoding")
-        alone, beside = bench.gaps_ms(4, plan.prompt_len, plan.num_gaps, plan.prefill)
-        measured.alone_gaps_ms.extend(alone)
-        measured.beside_prefill_gaps_ms.extend(beside)
-        progress.advance(task)
+        for _ in range(plan.gap_rounds):
+            alone, beside = bench.gaps_ms(4, plan.prompt_len, plan.num_gaps, plan.prefill)
+            measured.alone_gaps_ms.append(alone)
+            measured.beside_prefill_gaps_ms.append(beside)
+            progress.advance(task)
         if plan.child_limit_s:
             progress.update(task, description="processes of their own")
             _run_children(plan, ChildModel(directory, dtype), measured, lambda: progress.advance(task))

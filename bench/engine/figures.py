@@ -43,9 +43,9 @@ class Measured:
     peers: list[Peer] = field(default_factory=list)
     cold_ttft_ms: list[float] = field(default_factory=list)
     hit_ttft_ms: list[float] = field(default_factory=list)
-    alone_gaps_ms: list[float] = field(default_factory=list)
-    """Times between tokens of decoding sequences."""
-    beside_prefill_gaps_ms: list[float] = field(default_factory=list)
+    alone_gaps_ms: list[list[float]] = field(default_factory=list)
+    """Times between tokens of decoding sequences; a list a round."""
+    beside_prefill_gaps_ms: list[list[float]] = field(default_factory=list)
     continuous: dict[str, Any] = field(default_factory=dict)
     """transformers' continuous batching, or why it has no figure."""
     failed_peers: dict[str, str] = field(default_factory=dict)
@@ -101,7 +101,10 @@ class Figures:
     share_of_bandwidth_limit: float
     """Of a step of one row."""
     prefix_hit_ttft_ratio: float
+    prefill_interference_p50_ratio: float
+    """Times between tokens of sequences beside a prefill over those without it, of the rounds' medians the median."""
     prefill_interference_p99_ratio: float
+    """The same of the rounds' 99th percentiles: a moment's noise of the machine concerns one round alone."""
 
 
 def figures(measured: Measured) -> Figures:
@@ -116,9 +119,24 @@ def figures(measured: Measured) -> Figures:
         steady_concurrency16_vs_1=measured.rate(16) / plain,
         share_of_bandwidth_limit=measured.step_share(1, 1),
         prefix_hit_ttft_ratio=statistics.median(measured.hit_ttft_ms) / statistics.median(measured.cold_ttft_ms),
-        prefill_interference_p99_ratio=percentile(measured.beside_prefill_gaps_ms, 99)
-        / percentile(measured.alone_gaps_ms, 99),
+        prefill_interference_p50_ratio=interference(measured, 50),
+        prefill_interference_p99_ratio=interference(measured, 99),
     )
+
+
+QUANTILES = (50, 90, 99, 100)
+
+
+def quantiles(rounds: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Each round's percentiles, and how many values they are of."""
+    found = {f"p{percent}": [percentile(values, percent) for values in rounds] for percent in QUANTILES}
+    return {**found, "count": [float(len(values)) for values in rounds]}
+
+
+def interference(measured: Measured, percent: float) -> float:
+    """The median over the rounds of a percentile beside a prefill over the same round's without."""
+    rounds = zip(measured.beside_prefill_gaps_ms, measured.alone_gaps_ms, strict=True)
+    return statistics.median(percentile(beside, percent) / percentile(alone, percent) for beside, alone in rounds)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

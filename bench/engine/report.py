@@ -14,7 +14,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine.figures import Measured, figures
+from bench.engine.figures import Measured, figures, quantiles
 from services.cli.bench.machine import Environment
 
 matplotlib.use("Agg")
@@ -96,6 +96,10 @@ def write(measured: Measured, environment: Environment, num_threads: int, direct
         "failed_peers": measured.failed_peers,
         "sharing_cores_steps_per_s": measured.sharing,
         "event_loop_lag": measured.lag,
+        "gaps_ms": {
+            "alone": quantiles(measured.alone_gaps_ms),
+            "beside_prefill": quantiles(measured.beside_prefill_gaps_ms),
+        },
         "cold_ttft_ms": measured.cold_ttft_ms,
         "hit_ttft_ms": measured.hit_ttft_ms,
         "dtype": measured.dtype,

@@ -44,7 +44,7 @@ _UINT64 = click.IntRange(0, 2**64 - 1)
 @click.option("--draft", default="", help="Draft pool to use, by name.  [default: by the pools' weights]")
 @click.option("--model", default="", help="Model name; needed only where several are served.")
 @click.option("--log-probs", is_flag=True, help="Each token's log-probability; needs --json.")
-@address_option()
+@address_option(help="Coordinator to use; of several, separated by commas, others take over.")
 @json_option
 def generate(
     prompt: str | None,
@@ -95,7 +95,7 @@ def _read_prompt(prompt: str | None) -> str:
 async def _generate(
     address: str, prompt: Prompt, options: GenerateOptions, session_id: str | None, *, stream: bool
 ) -> Result:
-    async with OutriderClient(address) as client:
+    async with OutriderClient(*address.split(",")) as client:
         generation = client.generate(prompt, options, session_id=session_id)
         if not stream:
             return await generation.complete()

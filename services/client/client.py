@@ -53,17 +53,22 @@ class OutriderClient:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         options: GenerateOptions | None = None,
         *,
         session_id: str | None = None,
         request_id: str | None = None,
+        fork: bool = False,
+        fork_len: int | None = None,
     ) -> Generation:
         """Starts a generation when iterated over; see Generation.
 
         `session_id` and `request_id` are UUIDs, drawn if absent. A session that has tokens takes the prompt as its next
         turn. The same request_id with equal options and a given seed resumes that generation, or repeats it if it has
         finished.
+        `fork`: generate in a new session, a copy of the given one or of its first `fork_len` tokens; the given one goes
+        on untouched, even while it is busy. Without a prompt the copy is continued. The new session's id is that of the
+        generation once its stream has begun.
         Raises InvalidArgument at once for values that cannot be encoded.
         """
         options = options or GenerateOptions()
@@ -73,6 +78,8 @@ class OutriderClient:
             session_id=session_id or str(uuid.uuid4()),
             request_id=request_id or str(uuid.uuid4()),
             seed=secrets.randbits(64) if options.seed is None else options.seed,
+            fork=fork,
+            fork_len=fork_len,
         )
         return Generation(self._connections, request, self._retry)
 

@@ -11,25 +11,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import grpc.aio
+import tenacity
 from outrider.v1 import coordinator_pb2
 
-from services.client.connections import Connection, Connections
+from services.client.connections import Connections
 from services.client.values import Chunk, Result, RetryPolicy, Token
 from services.client.wire import finish_reason_from_proto, statistics_from_proto, tokens_from_proto
-from services.common.errors import DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Aborted, DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.rpc import error_from_rpc
 
 _TRANSPORT_REASONS = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED"})
 """Reasons of errors without ErrorInfo: a proxy or the transport ended the stream, not a coordinator."""
 _END_OF_STREAM_TIMEOUT_S = 1.0
+_MAX_OWNERSHIP_LOSSES = 3
+"""Of one generation. A stream of its own that it had given up for dead may wake and take it; two clients that go on
+taking one generation from each other shall end."""
+
+_Call = grpc.aio.UnaryStreamCall[coordinator_pb2.GenerateRequest, coordinator_pb2.GenerateResponse]
 
 
-def is_resumable(error: OutriderError) -> bool:
+def is_resumable(error: BaseException) -> bool:
     """Whether another stream may go on where this error ended one."""
     if isinstance(error, ResourceExhausted):
         return error.retry_after_ms is not None
@@ -54,12 +59,23 @@ class Generation:
         self._durable_len = 0
         self._reached = False
         self._num_streams = 0
+        self._num_offered = 0
+        self._num_ownership_losses = 0
+        self._connection = connections.current()
+        self._call: _Call | None = None
         self._result: Result | None = None
+        self._retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(self._may_resume),
+            stop=self._has_given_up,
+            wait=self._backoff_s,
+            retry_error_callback=_raise_given_up,
+        )
         self._chunks = self._resumed_chunks()
 
     @property
     def session_id(self) -> str:
-        return self._request.session_id
+        """Of a fork, the new session's once the stream has begun, before that its source's."""
+        return self._started.session_id if self._started else self._request.session_id
 
     @property
     def request_id(self) -> str:
@@ -91,45 +107,66 @@ class Generation:
         await self._chunks.aclose()
 
     async def _resumed_chunks(self) -> AsyncGenerator[Chunk, None]:
-        num_failures = 0
-        while True:
-            connection = self._connections.current()
-            try:
-                async with contextlib.aclosing(self._stream(connection)) as chunks:
-                    async for chunk in chunks:
-                        num_failures = 0
-                        yield chunk
-                return
-            except OutriderError as error:
-                num_failures += 1
-                limit = self._policy.max_attempts if self._reached else self._policy.max_attempts_unreached
-                if not is_resumable(error) or num_failures >= limit:
-                    raise
-                self._connections.avoid(connection)
-                await asyncio.sleep(self._backoff_s(num_failures, error))
-
-    def _backoff_s(self, num_failures: int, error: OutriderError) -> float:
-        """Exponential with full jitter above half, at least what the server asked for."""
-        ceiling = min(self._policy.max_backoff_s, self._policy.initial_backoff_s * 2.0 ** (num_failures - 1))
-        jittered = ceiling * (0.5 + 0.5 * random.random())  # noqa: S311 - spreads retries, keeps no secret
-        return max(jittered, (error.retry_after_ms or 0) / 1e3)
-
-    async def _stream(self, connection: Connection) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one call. Ends normally only with the finished response; else raises OutriderError."""
-        call = connection.stub.Generate(self._next_request())
-        timeout_s = self._policy.first_message_timeout_s
         try:
-            while True:
-                response = await self._read(call, timeout_s)
-                timeout_s, self._reached = self._policy.heartbeat_timeout_s, True
-                if chunk := self._take(response):
-                    yield chunk
+            chunk: Chunk | None
+            while (chunk := await self._retrying(self._next_chunk)) is not None:
+                yield chunk
+        finally:
+            self._end_call()
+
+    async def _next_chunk(self) -> Chunk | None:
+        """The next chunk of the present stream, or of a new one; None behind the last.
+
+        Raises OutriderError, having ended the stream; the next call begins a new one, elsewhere if there is elsewhere.
+        """
+        try:
+            while self._result is None:
+                response = await self._read()
+                chunk = self._take(response)
                 if response.HasField("finished"):
                     self._finish(response.finished)
-                    with contextlib.suppress(OutriderError):
-                        await self._read(call, _END_OF_STREAM_TIMEOUT_S)
-                    return
-        finally:
+                    await self._read_end()
+                if chunk is not None:
+                    return chunk
+            return None
+        except OutriderError as error:
+            self._end_call()
+            self._connections.avoid(self._connection)
+            self._note_losses(error)
+            raise
+
+    def _note_losses(self, error: OutriderError) -> None:
+        if isinstance(error, Aborted) and error.reason == "OWNERSHIP_LOST":
+            self._num_ownership_losses += 1
+        if isinstance(error, DataLoss):
+            self._durable_len = 0  # the record is gone, or older than it was: offer all there is, once
+
+    def _may_resume(self, error: BaseException) -> bool:
+        if isinstance(error, DataLoss):
+            return error.reason == "TOKENS_LOST" and self._num_offered < len(self._tokens)
+        if isinstance(error, Aborted) and self._num_streams > 1:  # it meets a stream of its own that is not quite dead
+            lost = error.reason == "OWNERSHIP_LOST" and self._num_ownership_losses <= _MAX_OWNERSHIP_LOSSES
+            return lost or error.reason == "SESSION_BUSY"
+        return is_resumable(error)
+
+    def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
+        limit = self._policy.max_attempts if self._reached else self._policy.max_attempts_unreached
+        return state.attempt_number >= limit
+
+    def _backoff_s(self, state: tenacity.RetryCallState) -> float:
+        """Exponential with jitter, at least what the server asked for."""
+        policy, error = self._policy, state.outcome.exception() if state.outcome else None
+        ceiling_s = min(policy.max_backoff_s, policy.initial_backoff_s * 2.0 ** (state.attempt_number - 1))
+        asked_ms = (error.retry_after_ms or 0) if isinstance(error, OutriderError) else 0
+        return max(tenacity.wait_random(ceiling_s / 2, ceiling_s)(state), asked_ms / 1e3)
+
+    def _begin_call(self) -> _Call:
+        self._connection = self._connections.current()
+        return self._connection.stub.Generate(self._next_request())
+
+    def _end_call(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
             call.cancel()
 
     def _next_request(self) -> coordinator_pb2.GenerateRequest:
@@ -139,25 +176,36 @@ class Generation:
         request = coordinator_pb2.GenerateRequest()
         request.CopyFrom(self._request)
         request.resume.num_received_tokens = len(self._tokens)
+        request.resume.num_prompt_tokens = len(self._started.prompt_token_ids) if self._started else 0
         beyond = self._tokens[self._durable_len :]
+        self._num_offered = len(beyond)
         request.resume.tokens_beyond_durable.extend(token.token_id for token in beyond)
         return request
 
-    async def _read(
-        self,
-        call: grpc.aio.UnaryStreamCall[coordinator_pb2.GenerateRequest, coordinator_pb2.GenerateResponse],
-        timeout_s: float,
-    ) -> coordinator_pb2.GenerateResponse:
+    async def _read(self) -> coordinator_pb2.GenerateResponse:
+        """The next message; of a new stream if there is none."""
+        if self._call is None:
+            self._call, timeout_s = self._begin_call(), self._policy.first_message_timeout_s
+        else:
+            timeout_s = self._policy.heartbeat_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                response = await call.read()
+                response = await self._call.read()
         except TimeoutError:
             raise Unavailable("STREAM_BROKEN", f"no message from the coordinator for {timeout_s:g} s") from None
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from None
         if not isinstance(response, coordinator_pb2.GenerateResponse):
             raise Unavailable("STREAM_BROKEN", "the coordinator ended the stream before the generation's end")
+        self._reached = True
         return response
+
+    async def _read_end(self) -> None:
+        """Lets the stream end by itself, so that the coordinator does not see it cancelled."""
+        if self._call is not None:
+            with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError):
+                async with asyncio.timeout(_END_OF_STREAM_TIMEOUT_S):
+                    await self._call.read()
 
     def _take(self, response: coordinator_pb2.GenerateResponse) -> Chunk | None:
         """What is new in a response; None for a heartbeat. Raises DataLoss if tokens before it are missing."""
@@ -196,3 +244,14 @@ class Generation:
             lossy=self._started.lossy or finished.statistics.lossy,
             num_resumptions=self._num_streams - 1,
         )
+
+
+def _raise_given_up(state: tenacity.RetryCallState) -> Chunk | None:
+    """The last error, saying that it was the last of several."""
+    error = state.outcome.exception() if state.outcome else None
+    if not isinstance(error, OutriderError):
+        raise RuntimeError("tenacity gave up without an error")
+    message = f"{error.message} (given up after {state.attempt_number} attempts in a row)"
+    raise type(error)(
+        error.reason, message, field=error.field, retry_after_ms=error.retry_after_ms, metadata=error.metadata
+    ) from error

@@ -243,7 +243,8 @@ class RetryPolicy:
 
     `max_attempts` failures in a row end it once the server has been reached, `max_attempts_unreached` before. Waits
     grow from `initial_backoff_s` to `max_backoff_s`, with jitter. A stream is broken after `heartbeat_timeout_s`
-    without a message (servers send one every 500 ms); the first message may take `first_message_timeout_s`.
+    without a message (servers send one every 500 ms); the first one, with the connection, may take
+    `first_message_timeout_s`. Any token received starts the count anew.
     """
 
     max_attempts: int = 10
@@ -251,4 +252,4 @@ class RetryPolicy:
     initial_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
     heartbeat_timeout_s: float = 1.5
-    first_message_timeout_s: float = 5.0
+    first_message_timeout_s: float = 3.0

@@ -32,7 +32,14 @@ _FINISH_REASONS = {
 
 
 def request_to_proto(
-    prompt: Prompt, options: GenerateOptions, *, session_id: str, request_id: str, seed: int
+    prompt: Prompt | None,
+    options: GenerateOptions,
+    *,
+    session_id: str,
+    request_id: str,
+    seed: int,
+    fork: bool = False,
+    fork_len: int | None = None,
 ) -> coordinator_pb2.GenerateRequest:
     """Raises InvalidArgument for values that the message's fields cannot hold, such as a negative count."""
     try:
@@ -51,6 +58,8 @@ def request_to_proto(
             ignore_eos=options.ignore_eos,
             include_special_tokens=options.include_special_tokens,
             stop_token_ids=options.stop_token_ids,
+            fork=fork,
+            fork_len=fork_len,
         )
         _set_prompt(request, prompt)
     except (ValueError, TypeError) as error:
@@ -58,8 +67,10 @@ def request_to_proto(
     return request
 
 
-def _set_prompt(request: coordinator_pb2.GenerateRequest, prompt: Prompt) -> None:
+def _set_prompt(request: coordinator_pb2.GenerateRequest, prompt: Prompt | None) -> None:
     match prompt:
+        case None:
+            pass
         case str():
             request.prompt = prompt
         case Chat(messages):

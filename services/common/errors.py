@@ -5,7 +5,8 @@
     ├── NotFound                          UNKNOWN_SESSION, UNKNOWN_MODEL
     ├── FailedPrecondition                VOCAB_MISMATCH, MODEL_MISMATCH, MODEL_CHANGED, SESSION_CLOSED, UNSUPPORTED
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
-    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL (retriable), TOO_LONG_FOR_POOL (not)
+    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL (retriable), TOO_LONG_FOR_POOL, SESSION_LIMIT,
+    │                                     TOKEN_LIMIT (not)
     ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
     │                                     STREAM_BROKEN
     ├── DeadlineExceeded                  DEADLINE
@@ -25,6 +26,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 ERROR_DOMAIN = "outrider"
+NEWEST_EPOCH = "newest_lease_epoch"
+"""In the metadata of a worker's STALE: the epoch that it knows, where that is newer than the item's."""
 
 
 class OutriderError(Exception):

@@ -74,6 +74,11 @@ def server_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[tu
     ]
 
 
+def connection_age(max_s: int) -> list[tuple[str, int]]:
+    """Of a server: after `max_s` a connection is told to go once its calls have ended; 0: never."""
+    return [("grpc.max_connection_age_ms", 1000 * max_s)] if max_s else []
+
+
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,9 +229,11 @@ class GrpcServer:
         reflect: bool = True,
         stop_grace_s: float = 1.0,
         calls: CallTally | None = None,
+        max_connection_age_s: int = 0,
     ) -> None:
         self._calls = calls or CallTally()
-        self._server = grpc.aio.server(options=server_options(max_message_bytes))
+        options = [*server_options(max_message_bytes), *connection_age(max_connection_age_s)]
+        self._server = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self._reflect = reflect

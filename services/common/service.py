@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from services.common.logs import TEXT_FORMAT, JsonFormatter
 from services.common.telemetry_settings import JSON, TEXT
@@ -68,7 +69,7 @@ def stop_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def end_tasks(*tasks: asyncio.Task[None]) -> None:
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks until they have ended: libraries swallow a cancellation now and then (redis-py, mid-command)."""
     pending = {task for task in tasks if not task.done()}
     while pending:

@@ -1,7 +1,7 @@
 """The session record in Redis: tokens, who owns the session, and what its last generation was.
 
-Owns: the record's keys, fields and encodings, and the fence: every write is a compare-and-set on owner_id, lease_epoch
-and stored length (services.common.session_scripts). Must not know: workers, gRPC, how tokens come to be.
+Owns: the record's keys, and the fence: every write is a compare-and-set on owner_id, lease_epoch and stored length
+(services.common.session_scripts). Must not know: workers, gRPC, how tokens come to be.
 
     outrider:{session_id}:meta         hash: the fields of SessionRecord
     outrider:{session_id}:tokens       uint32, little-endian
@@ -13,124 +13,58 @@ and stored length (services.common.session_scripts). Must not know: workers, gRP
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
+from services.common import redis_client
 from services.common import session_scripts as scripts
 from services.common.errors import Aborted, ConfigError, FailedPrecondition, NotFound, OutriderError, Unavailable
-from services.common.values import FinishReason
+from services.common.session_record import (
+    ANONYMOUS,
+    PROMPT_ORIGIN,
+    Acquisition,
+    Commit,
+    KvHandle,
+    RecordLost,
+    RecordMoved,
+    Restoration,
+    SessionRecord,
+    Write,
+    decode_record,
+    pack_token_ids,
+    unpack_token_ids,
+)
 
-PROMPT_ORIGIN = 0
-"""The byte in `origins` of a token that nobody generated; others are TokenOrigin values."""
-ANONYMOUS = "anonymous"
-"""The owner key of sessions while requests carry no credentials."""
+__all__ = [
+    "ANONYMOUS",
+    "PROMPT_ORIGIN",
+    "Acquisition",
+    "Commit",
+    "KvHandle",
+    "RecordLost",
+    "RecordMoved",
+    "Restoration",
+    "SessionRecord",
+    "SessionStore",
+    "Write",
+    "pack_token_ids",
+    "unpack_token_ids",
+]
+
+DEAD_AFTER_S = 1.5
+"""Without a sign of life for this long a coordinator counts as dead."""
 
 _EVICTS = ("allkeys-", "volatile-")
 _DIGESTS = {
     script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-    for script in (scripts.ACQUIRE, scripts.COMMIT, scripts.CLOSE)
+    for script in (scripts.ACQUIRE, scripts.COMMIT, scripts.RESTORE, scripts.FENCE, scripts.CLOSE)
 }
 
-
-def pack_token_ids(token_ids: Sequence[int]) -> bytes:
-    """uint32, little-endian."""
-    return struct.pack(f"<{len(token_ids)}I", *token_ids)
-
-
-def unpack_token_ids(data: bytes) -> tuple[int, ...]:
-    """The inverse of pack_token_ids."""
-    return struct.unpack(f"<{len(data) // 4}I", data)
-
-
-@dataclass(frozen=True, slots=True)
-class KvHandle:
-    """Where a role's KV cache of the session lies. Only a hint: losing it costs a prefill."""
-
-    instance_id: str
-    attempt: int
-    num_cached_tokens: int
-
-    def encode(self) -> str:
-        return f"{self.instance_id} {self.attempt} {self.num_cached_tokens}"
-
-    @classmethod
-    def decode(cls, text: str) -> KvHandle | None:
-        if not text:
-            return None
-        instance_id, attempt, num_cached_tokens = text.rsplit(" ", 2)
-        return cls(instance_id, int(attempt), int(num_cached_tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRecord:
-    """What Redis holds of a session. `messages`, `parameters` and `statistics` are JSON of the coordinator's making."""
-
-    session_id: str
-    token_ids: tuple[int, ...]
-    origins: bytes
-    log_probs: bytes
-    owner_id: str
-    lease_epoch: int
-    running: bool
-    request_id: str
-    request_digest: str
-    owner_key: str
-    model: str
-    target_digest: str
-    target_numerics: str
-    """What decides the target's tokens besides its digest."""
-    draft_digest: str
-    seed: int
-    prompt_len: int
-    parameters: str
-    messages: str
-    reply: str
-    finish_reason: FinishReason | None
-    statistics: str
-    target_handle: KvHandle | None
-    draft_handle: KvHandle | None
-    expires_in_s: int
-
-    @property
-    def num_generated_tokens(self) -> int:
-        return len(self.token_ids) - self.prompt_len
-
-
-@dataclass(frozen=True, slots=True)
-class Acquisition:
-    """Takes a session over and says what it shall then hold. `expected_epoch` None: the session must not exist yet.
-
-    Of what is stored, `num_kept_tokens` and `num_kept_log_prob_bytes` stay; the rest is cut off before the appends.
-    """
-
-    session_id: str
-    expected_epoch: int | None
-    num_kept_tokens: int
-    token_ids: Sequence[int]
-    origins: bytes
-    fields: Mapping[str, str]
-    least_epoch: int = 0
-    num_kept_log_prob_bytes: int = 0
-    log_probs: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Appends a generation's next tokens behind `base_len`; `fields` go in with the same write."""
-
-    session_id: str
-    lease_epoch: int
-    base_len: int
-    token_ids: Sequence[int]
-    origins: bytes
-    log_probs: bytes = b""
-    fields: Mapping[str, str] = field(default_factory=dict)
+Outcome = OutriderError | RecordLost | None
+"""Of a write: None if it is stored."""
 
 
 class SessionStore:
@@ -139,44 +73,48 @@ class SessionStore:
     Every method raises Unavailable STORE_UNAVAILABLE when Redis cannot be reached; nothing is retried here.
     """
 
-    def __init__(self, redis: Redis, owner_id: str, *, idle_s: int, tombstone_s: int) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        owner_id: str,
+        *,
+        idle_s: int,
+        tombstone_s: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._redis = redis
         self._owner_id = owner_id
         self._idle_s = idle_s
         self._tombstone_s = tombstone_s
+        self._clock = clock
+        self._failed_at = -DEAD_AFTER_S
 
     @classmethod
     def connect(cls, url: str, owner_id: str, *, idle_s: int, tombstone_s: int, timeout_s: float = 2.0) -> SessionStore:
         """Opens no connection yet; each operation does when it needs one, and gives up after `timeout_s`.
 
-        Raises ConfigError for a `url` of no known form.
+        Raises ConfigError for a `url` of no known form; see services.common.redis_client.
         """
-        try:
-            redis = Redis.from_url(
-                url,
-                protocol=2,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                client_name="outrider",
-            )
-        except ValueError as error:
-            raise ConfigError(f"redis_url: {error}") from error
-        return cls(redis, owner_id, idle_s=idle_s, tombstone_s=tombstone_s)
+        return cls(redis_client.connect(url, timeout_s), owner_id, idle_s=idle_s, tombstone_s=tombstone_s)
 
     @property
     def owner_id(self) -> str:
         return self._owner_id
 
+    @property
+    def redis(self) -> Redis:
+        """For what else is kept beside the records."""
+        return self._redis
+
     async def aclose(self) -> None:
-        await self._redis.aclose()
+        await redis_client.close(self._redis)
 
     async def check_server(self) -> None:
         """Raises ConfigError on a Redis that may evict records: a session ends by expiry or closing alone."""
         try:
             memory = await self._redis.info("memory")
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
         policy = str(memory.get("maxmemory_policy", "noeviction"))
         if policy.startswith(_EVICTS):
             raise ConfigError(
@@ -188,14 +126,15 @@ class SessionStore:
         try:
             await self._redis.set(_heartbeat_key(self._owner_id), b"1", px=ttl_ms)
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
 
     async def is_alive(self, owner_id: str) -> bool:
-        """Whether that coordinator's heartbeat is there."""
+        """Whether that coordinator's heartbeat is there, or could not be: right after an outage everybody lives."""
         try:
-            return bool(await self._redis.exists(_heartbeat_key(owner_id)))
+            there = bool(await self._redis.exists(_heartbeat_key(owner_id)))
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
+        return there or self._clock() < self._failed_at + DEAD_AFTER_S
 
     async def load(self, session_id: str) -> SessionRecord | None:
         """The session's record as of one moment; None if there is none.
@@ -210,18 +149,19 @@ class SessionStore:
         try:
             meta, (token_ids, origins, log_probs), ttl_s = await pipeline.execute()
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
         if not meta:
             return None
         fields = {name.decode(): value.decode() for name, value in meta.items()}
         if "closed" in fields:
             raise _closed(session_id)
-        return _decode_record(session_id, fields, token_ids or b"", origins or b"", log_probs or b"", max(0, ttl_s))
+        return decode_record(session_id, fields, token_ids or b"", origins or b"", log_probs or b"", max(0, ttl_s))
 
     async def acquire(self, acquisition: Acquisition) -> int:
         """Makes this owner the session's, and returns its new lease_epoch: max(stored + 1, least, Redis time in ms).
 
-        Raises Aborted SESSION_BUSY if the epoch is not the expected one: somebody else took the session meanwhile.
+        Raises Aborted SESSION_BUSY if the epoch is not the expected one: somebody else took the session meanwhile; and
+        RecordMoved if the length is not, for its owner has gone on: load the record again.
         """
         a = acquisition
         arguments: list[str | bytes | int] = [
@@ -229,6 +169,7 @@ class SessionStore:
             "" if a.expected_epoch is None else str(a.expected_epoch),
             a.least_epoch,
             self._idle_s,
+            "" if a.expected_len is None else a.expected_len,
             a.num_kept_tokens,
             pack_token_ids(a.token_ids),
             a.origins,
@@ -239,51 +180,60 @@ class SessionStore:
             arguments += (name, value)
         status, number = await self._evaluate(scripts.ACQUIRE, a.session_id, arguments)
         if status == scripts.STALE:
-            raise Aborted("SESSION_BUSY", f"session {a.session_id} was taken by another request at the same moment")
+            raise _busy(a.session_id)
         _raise_for(status, a.session_id)
         return number
 
-    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
-        """Writes all commits in order, in one round trip; the outcome of each, None meaning that it is stored.
+    async def fence(self, session_id: str, expected_epoch: int) -> None:
+        """Makes this owner that of a running generation, all of it kept: what is loaded next stays as it is.
 
-        Sending the same commits again is harmless. Outcomes: Aborted OWNERSHIP_LOST (another owner or epoch, or the
-        record is not what the commit builds upon), FailedPrecondition SESSION_CLOSED, NotFound UNKNOWN_SESSION.
+        Does nothing to one that has finished. Raises Aborted SESSION_BUSY if the epoch is not the expected one.
         """
-        replies = await self._commit_pipeline(commits)
+        status, _ = await self._evaluate(scripts.FENCE, session_id, [self._owner_id, expected_epoch])
+        if status == scripts.STALE:
+            raise _busy(session_id)
+        _raise_for(status, session_id)
+
+    async def write_all(self, writes: Sequence[Write]) -> list[Outcome]:
+        """Writes all in order, in one round trip; the outcome of each, None meaning that it is stored.
+
+        Sending the same again is harmless. Outcomes: Aborted OWNERSHIP_LOST (another owner or epoch, or the record is
+        not what the commit builds upon), FailedPrecondition SESSION_CLOSED, RecordLost.
+        """
+        replies = await self._write_pipeline(writes)
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
             await self._load_scripts()
-            for i, reply in zip(unknown, await self._commit_pipeline([commits[i] for i in unknown]), strict=True):
+            for i, reply in zip(unknown, await self._write_pipeline([writes[i] for i in unknown]), strict=True):
                 replies[i] = reply
-        return [_commit_outcome(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+        for reply in replies:
+            if isinstance(reply, Exception):  # of a server that loads, is full or is a replica now: later, not never
+                raise self._unavailable(reply)
+        return [_outcome(write, reply) for write, reply in zip(writes, replies, strict=True)]
 
     async def close(self, session_id: str) -> None:
         """Leaves a tombstone in the session's place. Idempotent while it stands. Raises NotFound UNKNOWN_SESSION."""
         status, _ = await self._evaluate(scripts.CLOSE, session_id, [self._tombstone_s])
         _raise_for(status, session_id)
 
-    async def _commit_pipeline(self, commits: Sequence[Commit]) -> list[object]:
+    async def _write_pipeline(self, writes: Sequence[Write]) -> list[object]:
         pipeline = self._redis.pipeline(transaction=False)
-        for c in commits:
-            extra = [part for pair in c.fields.items() for part in pair]
-            pipeline.execute_command(
-                "EVALSHA",
-                _DIGESTS[scripts.COMMIT],
-                4,
-                *_keys(c.session_id),
-                self._owner_id,
-                c.lease_epoch,
-                c.base_len,
-                self._idle_s,
-                pack_token_ids(c.token_ids),
-                c.origins,
-                c.log_probs,
-                *extra,
-            )
+        for write in writes:
+            script, arguments = self._write_arguments(write)
+            extra = [part for pair in write.fields.items() for part in pair]
+            pipeline.execute_command("EVALSHA", _DIGESTS[script], 4, *_keys(write.session_id), *arguments, *extra)
         try:
             return list(await pipeline.execute(raise_on_error=False))
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
+
+    def _write_arguments(self, write: Write) -> tuple[str, tuple[str | bytes | int, ...]]:
+        owner = self._owner_id, write.lease_epoch
+        if isinstance(write, Restoration):
+            values = write.packed_token_ids, write.origins, write.log_probs
+            return scripts.RESTORE, (*owner, self._idle_s, *values)
+        values = pack_token_ids(write.token_ids), write.origins, write.log_probs
+        return scripts.COMMIT, (*owner, write.base_len, self._idle_s, *values)
 
     async def _evaluate(self, script: str, session_id: str, arguments: list[str | bytes | int]) -> tuple[int, int]:
         keys_and_arguments = (*_keys(session_id), *arguments)
@@ -294,7 +244,7 @@ class SessionStore:
                 await self._load_scripts()
                 reply = await self._redis.evalsha(_DIGESTS[script], 4, *keys_and_arguments)
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
         return int(reply[0]), int(reply[1])
 
     async def _load_scripts(self) -> None:
@@ -302,7 +252,13 @@ class SessionStore:
             for script in _DIGESTS:
                 await self._redis.script_load(script)
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> Unavailable:
+        self._failed_at = self._clock()
+        return Unavailable(
+            "STORE_UNAVAILABLE", f"the session store cannot be reached: {type(error).__name__}", retry_after_ms=1000
+        )
 
 
 def _keys(session_id: str) -> tuple[str, str, str, str]:
@@ -314,46 +270,14 @@ def _heartbeat_key(owner_id: str) -> str:
     return f"outrider:coordinator:{owner_id}"
 
 
-def _decode_record(
-    session_id: str, fields: Mapping[str, str], token_ids: bytes, origins: bytes, log_probs: bytes, expires_in_s: int
-) -> SessionRecord:
-    finish = fields.get("finish_reason")
-    return SessionRecord(
-        session_id=session_id,
-        token_ids=unpack_token_ids(token_ids),
-        origins=origins,
-        log_probs=log_probs,
-        owner_id=fields["owner_id"],
-        lease_epoch=int(fields["lease_epoch"]),
-        running=fields.get("running") == "1",
-        request_id=fields.get("request_id", ""),
-        request_digest=fields.get("request_digest", ""),
-        owner_key=fields.get("owner_key", ANONYMOUS),
-        model=fields.get("model", ""),
-        target_digest=fields.get("target_digest", ""),
-        target_numerics=fields.get("target_numerics", ""),
-        draft_digest=fields.get("draft_digest", ""),
-        seed=int(fields.get("seed", "0")),
-        prompt_len=int(fields.get("prompt_len", "0")),
-        parameters=fields.get("parameters", ""),
-        messages=fields.get("messages", ""),
-        reply=fields.get("reply", ""),
-        finish_reason=FinishReason(finish) if finish else None,
-        statistics=fields.get("statistics", ""),
-        target_handle=KvHandle.decode(fields.get("target_handle", "")),
-        draft_handle=KvHandle.decode(fields.get("draft_handle", "")),
-        expires_in_s=expires_in_s,
-    )
-
-
-def _commit_outcome(commit: Commit, reply: object) -> OutriderError | None:
-    if isinstance(reply, Exception):
-        return _unavailable(reply)
+def _outcome(write: Write, reply: object) -> Outcome:
     status = int(reply[0])  # type: ignore[index]
+    if status == scripts.LOST:
+        return RecordLost(write.session_id)
     if status in (scripts.STALE, scripts.WRONG_LEN):
-        return Aborted("OWNERSHIP_LOST", f"session {commit.session_id} is continued by another owner")
+        return Aborted("OWNERSHIP_LOST", f"session {write.session_id} is continued by another owner")
     try:
-        _raise_for(status, commit.session_id)
+        _raise_for(status, write.session_id)
     except OutriderError as error:
         return error
     return None
@@ -365,14 +289,13 @@ def _raise_for(status: int, session_id: str) -> None:
     if status == scripts.CLOSED:
         raise _closed(session_id)
     if status == scripts.WRONG_LEN:
-        raise Aborted("OWNERSHIP_LOST", f"session {session_id} holds other tokens than expected")
+        raise RecordMoved(session_id)
+
+
+def _busy(session_id: str) -> Aborted:
+    message = f"session {session_id} was taken by another request at the same moment"
+    return Aborted("SESSION_BUSY", message, retry_after_ms=200)
 
 
 def _closed(session_id: str) -> FailedPrecondition:
     return FailedPrecondition("SESSION_CLOSED", f"session {session_id} was closed", field="session_id")
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(
-        "STORE_UNAVAILABLE", f"the session store cannot be reached: {type(error).__name__}", retry_after_ms=1000
-    )

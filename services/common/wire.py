@@ -14,7 +14,7 @@ from typing import Any
 
 from outrider.v1 import sampling_pb2, worker_pb2
 
-from services.common.errors import ERRORS_BY_CODE, Internal, InvalidArgument, OutriderError
+from services.common.errors import ERRORS_BY_CODE, NEWEST_EPOCH, Internal, InvalidArgument, OutriderError
 from services.common.items import Close, Identity, Open, Timings
 from services.common.values import (
     ModelInfo,
@@ -183,13 +183,18 @@ def load_from_proto(message: worker_pb2.WorkerLoad) -> WorkerLoad:
 
 def error_to_proto(error: OutriderError) -> worker_pb2.ItemError:
     return worker_pb2.ItemError(
-        code=error.code, reason=error.reason, message=error.message, retry_after_ms=error.retry_after_ms or 0
+        code=error.code,
+        reason=error.reason,
+        message=error.message,
+        retry_after_ms=error.retry_after_ms or 0,
+        newest_lease_epoch=int(error.metadata.get(NEWEST_EPOCH, 0)),
     )
 
 
 def error_from_proto(message: worker_pb2.ItemError) -> OutriderError:
     kind = ERRORS_BY_CODE.get(message.code, Internal)
-    return kind(message.reason, message.message, retry_after_ms=message.retry_after_ms or None)
+    metadata = {NEWEST_EPOCH: str(message.newest_lease_epoch)} if message.newest_lease_epoch else {}
+    return kind(message.reason, message.message, retry_after_ms=message.retry_after_ms or None, metadata=metadata)
 
 
 def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:

@@ -15,10 +15,10 @@ from typing import TypeVar
 from outrider.v1 import coordinator_pb2, sampling_pb2
 
 from services.common import wire
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import InvalidArgument, NotFound
 from services.common.values import MAX_LOGIT_BIAS, MAX_TOP_LOG_PROBS, SamplingParams
 from services.coordinator.chat_template import Message
-from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.request import ChatInput, Fork, GenerationRequest, ResumePoint, TextInput, TokenInput
 
 N = TypeVar("N", int, float)
 
@@ -51,13 +51,15 @@ class Limits:
 def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> GenerationRequest:
     """Checks everything and fills in the defaults.
 
-    Raises InvalidArgument INVALID_PARAMETER or PROMPT_TOO_LONG, NotFound UNKNOWN_MODEL, FailedPrecondition UNSUPPORTED.
+    Raises InvalidArgument INVALID_PARAMETER or PROMPT_TOO_LONG, NotFound UNKNOWN_MODEL.
     """
     sampling = _sampling(message.sampling, limits)
     max_tokens = _within("max_tokens", message.max_tokens or DEFAULT_MAX_TOKENS, 1, MAX_MAX_TOKENS)
+    request_id = _uuid(message.request_id, "request_id")
+    fork = _fork(message)
     request = GenerationRequest(
-        session_id=_uuid(message.session_id, "session_id"),
-        request_id=_uuid(message.request_id, "request_id"),
+        session_id=_forked_id(fork, request_id) if fork else _uuid(message.session_id, "session_id"),
+        request_id=request_id,
         model=_model(message.model, limits),
         input=_input(message, limits),
         sampling=sampling,
@@ -73,6 +75,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         ignore_eos=message.ignore_eos,
         include_special_tokens=message.include_special_tokens,
         resume=_resume(message, max_tokens, limits),
+        fork=fork,
     )
     if request.num_top_log_probs and not request.log_probs:
         raise _invalid("num_top_log_probs", "needs log_probs")
@@ -80,8 +83,6 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         raise _invalid(
             "sampling.min_tokens", f"{sampling.min_tokens} exceeds max_tokens, which is {request.max_tokens}"
         )
-    if message.fork:
-        raise FailedPrecondition("UNSUPPORTED", "fork: forks of a session are not supported", field="fork")
     return request
 
 
@@ -101,6 +102,22 @@ def _uuid(text: str, field: str) -> str:
         return str(uuid.UUID(text))
     except ValueError:
         raise _invalid(field, "must be a UUID such as 123e4567-e89b-42d3-a456-426614174000") from None
+
+
+def _fork(message: coordinator_pb2.GenerateRequest) -> Fork | None:
+    length = message.fork_len if message.HasField("fork_len") else None
+    if not message.fork:
+        if length is not None:
+            raise _invalid("fork_len", "needs fork")
+        return None
+    if length == 0:
+        raise _invalid("fork_len", "must be at least 1")
+    return Fork(check_session_id(message.session_id), length)
+
+
+def _forked_id(fork: Fork, request_id: str) -> str:
+    """The same for the same request, so that it may be sent again."""
+    return str(uuid.uuid5(uuid.UUID(fork.source_id), request_id))
 
 
 def _model(name: str, limits: Limits) -> str:
@@ -123,6 +140,8 @@ def _input(message: coordinator_pb2.GenerateRequest, limits: Limits) -> TextInpu
         case "tokens":
             _prompt_bytes("tokens.token_ids", 4 * len(message.tokens.token_ids), limits)
             return TokenInput(_token_ids("tokens.token_ids", message.tokens.token_ids, limits))
+    if message.fork:
+        return TokenInput(())
     raise _invalid("input", "must be one of prompt, chat and tokens")
 
 
@@ -186,7 +205,7 @@ def _resume(message: coordinator_pb2.GenerateRequest, max_tokens: int, limits: L
     if len(message.resume.tokens_beyond_durable) > message.resume.num_received_tokens:
         raise _invalid("resume.tokens_beyond_durable", "has more tokens than resume.num_received_tokens says")
     beyond = _token_ids("resume.tokens_beyond_durable", message.resume.tokens_beyond_durable, limits)
-    return ResumePoint(message.resume.num_received_tokens, beyond)
+    return ResumePoint(message.resume.num_received_tokens, beyond, message.resume.num_prompt_tokens)
 
 
 def _sampling(message: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:

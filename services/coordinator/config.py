@@ -23,6 +23,7 @@ from services.common.telemetry_settings import (
     TRACE_SAMPLE_HELP,
 )
 from services.common.values import MAX_DRAFT_TOKENS
+from services.coordinator.committer import Outage
 from services.coordinator.discovery import Source, parse_source
 from services.coordinator.tokenizer_set import parse_tokenizers
 
@@ -75,10 +76,23 @@ class CoordinatorConfig:
     )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
     target_retry_s: float = setting(10.0, "Seconds that a generation waits for a lost target to come back.")
-    store_retry_s: float = setting(3.0, "Seconds that commits are retried while Redis does not answer.")
+    redis_outage: str = setting(
+        Outage.CONTINUE.value,
+        "What running generations do while Redis is away: continue, and complete their records when it is back (a "
+        "coordinator that is lost before leaves them short), or stop, resumably.",
+        choices=tuple(outage.value for outage in Outage),
+    )
+    redis_outage_after_s: float = setting(0.5, "Seconds without an answer after which Redis counts as away.")
+    max_client_sessions: int = setting(100_000, "Most sessions of one client; 0 is no limit.")
+    max_client_tokens: int = setting(
+        100_000_000, "Most tokens in all sessions of one client, counting what running requests may add; 0 is no limit."
+    )
     max_unread_tokens: int = setting(256, "Tokens that a client may leave unread before its rounds pause.")
     slow_client_s: float = setting(10.0, "Seconds of such a pause after which the call is aborted.")
     drain_s: float = setting(30.0, "Seconds that running generations get after SIGTERM.")
+    max_connection_age_s: int = setting(
+        0, "Seconds after which a connection goes once its calls have ended, so that clients look again; 0: never."
+    )
     reflection: bool = setting(True, "Serve gRPC reflection.")
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting(TEXT, LOG_FORMAT_HELP, choices=LOG_FORMATS)
@@ -101,10 +115,13 @@ class CoordinatorConfig:
             "propose_timeout_s": (0.001, 3600),
             "target_timeout_s": (0.001, 3600),
             "target_retry_s": (0, 3600),
-            "store_retry_s": (0, 3600),
+            "redis_outage_after_s": (0.01, 3600),
+            "max_client_sessions": (0, 1 << 48),
+            "max_client_tokens": (0, 1 << 48),
             "max_unread_tokens": (1, 1_000_000),
             "slow_client_s": (0.001, 3600),
             "drain_s": (0, 86_400),
+            "max_connection_age_s": (0, 86_400),
         }
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:

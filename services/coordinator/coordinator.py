@@ -15,12 +15,15 @@ from dataclasses import dataclass, replace
 
 from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
-from services.common.session_store import SessionRecord, SessionStore
+from services.common.session_record import ANONYMOUS, RecordMoved, SessionRecord
+from services.common.session_store import SessionStore
+from services.common.session_usage import SessionUsage
 from services.common.tracing import NO_TRACER, Span, Tracer
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength
 from services.coordinator.generation import Generation, Timeouts
+from services.coordinator.journal import Journal
 from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
 from services.coordinator.output import Output, Started
 from services.coordinator.placement import Placed, Placement
@@ -34,6 +37,8 @@ from services.coordinator.unbroken import unbroken
 
 log = logging.getLogger(__name__)
 
+_MAX_OPENINGS = 3
+"""Tries to open a session whose record moves on while it is read; the second is fenced against its old owner."""
 _ENDING_S = 0.2
 """What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
 _OPENING_S = 5.0
@@ -70,6 +75,7 @@ class Coordinator:
         placement: Placement,
         store: SessionStore,
         committer: Committer,
+        usage: SessionUsage,
         tally: CoordinatorTally,
         tracer: Tracer = NO_TRACER,
     ) -> None:
@@ -80,7 +86,8 @@ class Coordinator:
         self._placement = placement
         self._store = store
         self._committer = committer
-        self._opener = SessionOpener(store, placement)
+        self._usage = usage
+        self._opener = SessionOpener(store, usage, placement)
         self._running: dict[str, _Running] = {}
         self._opening: set[str] = set()
         self._draining = False
@@ -98,6 +105,7 @@ class Coordinator:
         moved = Unavailable("MOVED", "this coordinator is stopping; resume at another", retry_after_ms=100)
         await asyncio.gather(*[running.generation.stop(moved) for running in self._running.values()])
         await end_tasks(*self._hearts)
+        await self._usage.flush()
         await self._committer.aclose()
         await self._placement.aclose()
 
@@ -143,19 +151,21 @@ class Coordinator:
             finally:
                 await _end(stream)
 
-    async def get(self, session_id: str) -> tuple[SessionRecord, bool]:
+    async def get(self, session_id: str, owner_key: str = ANONYMOUS) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
-        record = await self._load(session_id)
+        record = _own(await self._load(session_id), session_id, owner_key)
         if record is None:
-            raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+            raise _unknown(session_id)
         elsewhere = record.running and record.owner_id != self._store.owner_id
         return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
 
-    async def close_session(self, session_id: str) -> None:
+    async def close_session(self, session_id: str, owner_key: str = ANONYMOUS) -> None:
         """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
+        _own(await self._load(session_id), session_id, owner_key)
         if running := self._running.get(session_id):
             await running.generation.stop(None)
         await self._store.close(session_id)
+        self._usage.note(owner_key, session_id, None)
 
     async def _load(self, session_id: str) -> SessionRecord | None:
         try:
@@ -207,17 +217,40 @@ class Coordinator:
         if running := self._running.get(request.session_id):
             self._placement.check(request.model)  # what cannot be continued is not ended
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
-        record = await self._store.load(request.session_id)
-        if record and record.request_id == request.request_id:
-            check_same_request(request, record.request_digest)
-            if record.finish_reason:
-                return await self._finished(request, record)
-        opened = await self._opener.open(request, self._tokenizers.get(request.model), record)
-        try:
-            return await self._run(request, opened, arrived_ns, span)
-        except BaseException:
-            opened.placed.release()
-            raise
+        self._check_store(request.session_id)
+        for _ in range(_MAX_OPENINGS):
+            record = _own(await self._store.load(request.session_id), request.session_id, request.owner_key)
+            if record and record.request_id == request.request_id:
+                check_same_request(request, record.request_digest)
+                if record.finish_reason:
+                    return await self._finished(request, record)
+            source = await self._source(request) if record is None else None
+            try:
+                opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
+            except RecordMoved:
+                continue
+            try:
+                return await self._run(request, opened, arrived_ns, span)
+            except BaseException:
+                opened.placed.release()
+                raise
+        raise busy(request.session_id)
+
+    def _check_store(self, session_id: str) -> None:
+        """Raises Unavailable where the store is away, or lacks tokens of the session that went out from here."""
+        if self._committer.away or self._committer.is_behind(session_id):
+            message = "the session store does not answer, or lacks what is still to be written"
+            raise Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=500)
+
+    async def _source(self, request: GenerationRequest) -> SessionRecord | None:
+        """The record of which the request's new session shall be a copy."""
+        if request.fork is None:
+            return None
+        source_id = request.fork.source_id
+        source = _own(await self._store.load(source_id), source_id, request.owner_key)
+        if source is None:
+            raise _unknown(source_id)
+        return source
 
     async def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
         """The tail of a generation that has ended, from the record alone."""
@@ -246,7 +279,7 @@ class Coordinator:
             tokens,
             routes=placed.routes,
             trimmer=trimmer,
-            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, len(tokens)),
+            journal=Journal(self._committer, plan.session_id, plan.lease_epoch, opened.copy),
             output=output,
             statistics=StatisticsCollector(
                 arrived_ns=arrived_ns,
@@ -267,12 +300,13 @@ class Coordinator:
         )
         running = _Running(request.request_id, request.digest, generation, output)
         self._running[request.session_id] = running
-        generation.start().add_done_callback(lambda _: self._forget(request.session_id, running))
+        generation.start().add_done_callback(lambda _: self._forget(request, running, len(tokens)))
         return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)
 
-    def _forget(self, session_id: str, running: _Running) -> None:
-        if self._running.get(session_id) is running:
-            del self._running[session_id]
+    def _forget(self, request: GenerationRequest, running: _Running, num_tokens: int) -> None:
+        if self._running.get(request.session_id) is running:
+            del self._running[request.session_id]
+            self._usage.note(request.owner_key, request.session_id, num_tokens)
 
     def _new_output(self, durable_len: int = 0) -> Output:
         return Output(
@@ -289,11 +323,23 @@ class Coordinator:
                 running.output.tick()
 
     async def _beat_store(self) -> None:
-        """Signs of life in the store; a store that is away is noticed by the commits."""
+        """Signs of life in the store, and what sessions hold; a store that is away is noticed by the commits."""
         while True:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
+                await self._usage.flush()
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+
+
+def _own(record: SessionRecord | None, session_id: str, owner_key: str) -> SessionRecord | None:
+    """Raises NotFound UNKNOWN_SESSION for somebody else's, as if it were not there."""
+    if record and record.owner_key != owner_key:
+        raise _unknown(session_id)
+    return record
+
+
+def _unknown(session_id: str) -> NotFound:
+    return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
 
 
 async def _end(stream: Stream) -> None:

@@ -2,7 +2,8 @@
 
 Owns: the order propose, verify, trim, commit, emit, and the choice between a round and plain decoding.
 Must not know: protobuf, Redis, how a session was found. Everything it needs is handed to it.
-Invariant: tokens are emitted in order, once, and only after the store acknowledged them.
+Invariant: tokens are emitted in order, once, and only when the journal releases them: as soon as they are stored, or
+while the store is away.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.common.errors import Internal, OutriderError
+from services.common.errors import NEWEST_EPOCH, Internal, OutriderError, Unavailable
 from services.common.items import Tokens
-from services.common.session_store import KvHandle
+from services.common.session_record import KvHandle
 from services.common.tracing import NO_SPAN, Span
 from services.common.values import FinishReason, TokenOrigin
-from services.coordinator.committer import Journal
 from services.coordinator.draft_length import DraftLength
 from services.coordinator.draft_sequence import DraftRoute, DraftSequence
+from services.coordinator.journal import Journal
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
@@ -93,7 +94,7 @@ class Generation:
         self._abandoned = False
         self._stop_error: OutriderError | None = None
         self._task: asyncio.Task[None] | None = None
-        journal.on_failure = self._abandon
+        journal.on_failure = self._on_refusal
 
     @property
     def has_emitted(self) -> bool:
@@ -126,7 +127,7 @@ class Generation:
             if self._abandoned:
                 raise asyncio.CancelledError
             if self._finish is not None:
-                await self._commit_and_emit(self._trimmer.trim((), ()))
+                self._commit_and_emit(self._trimmer.trim((), ()))
             else:
                 await self._loop()
             await self._journal.drain()
@@ -134,7 +135,7 @@ class Generation:
         except asyncio.CancelledError:
             self._end_stopped()
         except OutriderError as error:
-            self._fail(error)
+            self._fail(await self._explained(error))
         except Exception:
             fields = self._plan.log_fields(self._target.round)
             log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
@@ -155,6 +156,17 @@ class Generation:
             self._fail(self._stop_error)
         else:
             self._end(FinishReason.CLOSED)
+
+    async def _explained(self, error: OutriderError) -> OutriderError:
+        """Where a worker knows a newer epoch and the store does not, data was lost and a clock went back: the session
+        is still this owner's, and may be resumed under an epoch beyond the worker's."""
+        if NEWEST_EPOCH not in error.metadata:
+            return error
+        self._journal.note({"worker_epoch": error.metadata[NEWEST_EPOCH]})
+        await self._journal.settle()
+        if self._journal.failure is not None or not self._journal.is_complete:
+            return error
+        return Unavailable("MOVED", "a worker knows a newer lease of the session; resume", retry_after_ms=100)
 
     def _end(self, finish: FinishReason) -> None:
         self._statistics.finished(finish)
@@ -215,7 +227,7 @@ class Generation:
             span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
-        await self._commit_and_emit(kept)
+        self._commit_and_emit(kept)
 
     async def _decode(self) -> None:
         """The target alone, until a draft is ready and wanted: the first token, then as many as it takes."""
@@ -236,7 +248,7 @@ class Generation:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
                 self._length.decoded(decoded, self._lap_ns())
-                await self._commit_and_emit(kept)
+                self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
             if self._output.full or self._num_draft_tokens or self._target.should_move:
                 self._target.interrupt()
@@ -260,8 +272,8 @@ class Generation:
         self._draft.features.add(result, len(kept.token_ids))
         return kept
 
-    async def _commit_and_emit(self, kept: Trimmed) -> None:
-        """Hands tokens to the committer; they go out when they are durable, while the next round runs."""
+    def _commit_and_emit(self, kept: Trimmed) -> None:
+        """Hands tokens to the journal; they go out when they are durable, while the next round runs."""
         fields: dict[str, str] = {}
         if self._recorded_handles != self._instance_ids:
             self._recorded_handles, fields = self._instance_ids, self._handles()
@@ -270,7 +282,7 @@ class Generation:
             fields = {"running": "0", "finish_reason": kept.finish.value, "statistics": statistics}
             fields |= {"reply": self._trimmer.text, **self._handles()}
         log_probs = pack_log_probs(kept, self._plan.num_top_log_probs)
-        await self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
+        self._journal.append(kept.token_ids, kept.packed_origins, log_probs, fields, lambda: self._emit(kept))
 
     def _emit(self, kept: Trimmed) -> None:
         self._statistics.emitted(len(kept.token_ids))
@@ -280,6 +292,10 @@ class Generation:
         if self._output.full:
             await self._output.writable()
             self._lap_ns()
+
+    def _on_refusal(self, error: OutriderError) -> None:
+        """The session is not this generation's any more, or the store is away and it shall not go on without."""
+        self._abandon(None if error.reason == "SESSION_CLOSED" else error)
 
     def _abandon(self, error: OutriderError | None) -> None:
         """Ends the loop at its present await; only the first call counts."""

@@ -1,25 +1,30 @@
 """Opens a session for a generation: decides what its record shall hold, and takes ownership with that.
 
-Owns: new session, next turn, resumption, and what is written at that moment. Must not know: streams, rounds, gRPC.
+Owns: new session, next turn, fork, resumption, and what is written then. Must not know: streams, rounds, gRPC.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import secrets
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from services.common.errors import Aborted, FailedPrecondition, InvalidArgument
-from services.common.session_store import ANONYMOUS, PROMPT_ORIGIN, Acquisition, KvHandle, SessionRecord, SessionStore
+from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, OutriderError
+from services.common.session_record import PROMPT_ORIGIN, Acquisition, KvHandle, RecordMoved, SessionRecord
+from services.common.session_store import SessionStore
+from services.common.session_usage import SessionUsage
 from services.common.values import TokenOrigin
+from services.coordinator.journal import RecordCopy
 from services.coordinator.placement import Placed, Placement, Wish
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.request import GenerationRequest, TextInput
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import EndRules, Trimmed, Trimmer, log_prob_row_bytes, unpack_log_probs
-from services.coordinator.turns import Turn, adopted_tokens, check_prompt_len, next_turn
+from services.coordinator.turns import Turn, adopted_tokens, check_prompt_len, check_same_prompt, forked, next_turn
 
 _INLINE_ENCODE_LEN = 2_000
 """Characters of a plain prompt that are encoded on the event loop: less than handing them to a thread would take."""
@@ -29,7 +34,10 @@ _INLINE_REPLAY_LEN = 256
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session that is now this coordinator's. `generated` are tokens of this generation that exist already."""
+    """A session that is now this coordinator's. `generated` are tokens of this generation that exist already.
+
+    `copy` is the record as it is now stored.
+    """
 
     placed: Placed
     plan: GenerationPlan
@@ -38,34 +46,44 @@ class Opened:
     origins: bytes
     log_probs: bytes
     num_replaced_tokens: int
+    copy: RecordCopy
 
 
 class SessionOpener:
     """Acquires sessions in the name of the store's owner, and places their generations."""
 
-    def __init__(self, store: SessionStore, placement: Placement) -> None:
+    def __init__(self, store: SessionStore, usage: SessionUsage, placement: Placement) -> None:
         self._store = store
+        self._usage = usage
         self._placement = placement
 
-    async def open(self, request: GenerationRequest, tokenizer: Tokenizer, record: SessionRecord | None) -> Opened:
+    async def open(
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        record: SessionRecord | None,
+        source: SessionRecord | None = None,
+    ) -> Opened:
         """A first or next turn, or the continuation of the record's last generation where the request_id is the same.
 
-        Raises Aborted SESSION_BUSY or OWNERSHIP_LOST, FailedPrecondition MODEL_CHANGED or SESSION_CLOSED, DataLoss,
-        InvalidArgument, Unavailable, and what Placement.place does.
+        Without a record, `source` is the one of which the new session is a fork.
+        Raises Aborted SESSION_BUSY, FailedPrecondition MODEL_CHANGED or SESSION_CLOSED, DataLoss, InvalidArgument,
+        ResourceExhausted SESSION_LIMIT or TOKEN_LIMIT, Unavailable, and what Placement.place does; RecordMoved: load
+        the record again.
         """
         resumes = record is not None and record.request_id == request.request_id
         if record and not resumes and record.running and await self._is_running_elsewhere(record):
             raise busy(request.session_id)
         self._placement.check(request.model)  # before the prompt is encoded in vain
-        turn = Turn(record.token_ids, 0, "") if record and resumes else await self._turn(request, tokenizer, record)
+        base = record or (forked(request, source) if source else None)
+        turn = Turn(record.token_ids, 0, "") if record and resumes else await self._turn(request, tokenizer, base)
         prompt_len = record.prompt_len if record and resumes else len(turn.token_ids)
-        placed = self._placement.place(_wish(request, turn.token_ids, prompt_len, record))
+        placed = self._placement.place(_wish(request, turn.token_ids, prompt_len, base))
         try:
-            _check_model(record, placed, resumes)
-            eos = frozenset[int]() if request.ignore_eos else tokenizer.eos_token_ids
+            _check_model(base, placed, resumes)
             if record and resumes:
-                return await self._resume(request, placed, record, eos)
-            return await self._begin(request, placed, turn, record, eos)
+                return await self._resume(request, tokenizer, placed, record)
+            return await self._begin(request, tokenizer, placed, turn, record, base)
         except BaseException:
             placed.release()
             raise
@@ -76,76 +94,108 @@ class SessionOpener:
     async def _begin(
         self,
         request: GenerationRequest,
+        tokenizer: Tokenizer,
         placed: Placed,
         turn: Turn,
         record: SessionRecord | None,
-        eos_token_ids: frozenset[int],
+        base: SessionRecord | None,
     ) -> Opened:
-        check_prompt_len(request, len(turn.token_ids), placed.target.max_sequence_len)
+        """`base` is what the turn extends: the record, or what a new session is a fork of."""
+        prompt_len = len(turn.token_ids)
+        check_prompt_len(request, prompt_len, placed.target.max_sequence_len)
+        check_same_prompt(request, prompt_len)
         adopted = adopted_tokens((), request.resume)
+        _check_adopted(request, tokenizer, placed, turn.token_ids, (), adopted)
         seed = secrets.randbits(64) if request.seed is None else request.seed
-        new = (*turn.token_ids[turn.num_kept_tokens :], *adopted)
-        num_prompt_tokens = len(turn.token_ids) - turn.num_kept_tokens
+        fork = record.fork if record else (_noise_fork(request.session_id) if base else 0)
+        plan = _plan(request, tokenizer, placed, prompt_len, seed, fork)
+        prompt_origins = base.origins[: turn.num_kept_tokens] if base else b""
+        origins = prompt_origins.ljust(prompt_len, bytes([PROMPT_ORIGIN])) + _adopted_origins(adopted)
+        num_stored = turn.num_kept_tokens if record else 0
         acquisition = Acquisition(
             session_id=request.session_id,
             expected_epoch=record.lease_epoch if record else None,
-            num_kept_tokens=turn.num_kept_tokens,
-            token_ids=new,
-            origins=bytes([PROMPT_ORIGIN]) * num_prompt_tokens + _adopted_origins(adopted),
+            expected_len=len(record.token_ids) if record else 0,
+            least_epoch=record.worker_epoch + 1 if record else 0,
+            num_kept_tokens=num_stored,
+            token_ids=(*turn.token_ids[num_stored:], *adopted),
+            origins=origins[num_stored:],
             log_probs=_missing_log_probs(request, len(adopted)),
             fields={
                 "request_id": request.request_id,
                 "request_digest": request.digest,
-                "owner_key": ANONYMOUS,
+                "owner_key": request.owner_key,
                 "model": request.model,
                 "target_digest": placed.model.digest,
                 "target_numerics": placed.kind.numerics,
                 "draft_digest": placed.draft.model.digest if placed.draft and placed.draft.model else "",
                 "seed": str(seed),
-                "prompt_len": str(len(turn.token_ids)),
+                "fork": str(fork),
+                "prompt_len": str(prompt_len),
                 "parameters": request.parameters(),
                 "messages": turn.messages,
                 **_handles(placed),
             },
         )
-        epoch = await self._store.acquire(acquisition)
+        epoch = await self._reserve_and_acquire(request, acquisition, plan.max_len)
         return Opened(
             placed=placed,
-            plan=_plan(request, placed, epoch, len(turn.token_ids), seed, eos_token_ids),
+            plan=replace(plan, lease_epoch=epoch),
             prompt=turn.token_ids,
             generated=adopted,
             origins=_adopted_origins(adopted),
             log_probs=acquisition.log_probs,
-            num_replaced_tokens=len(record.token_ids) - turn.num_kept_tokens if record else 0,
+            num_replaced_tokens=len(base.token_ids) - turn.num_kept_tokens if base else 0,
+            copy=_copy((*turn.token_ids, *adopted), origins, acquisition.log_probs, acquisition.fields),
         )
 
+    async def _reserve_and_acquire(self, request: GenerationRequest, acquisition: Acquisition, max_len: int) -> int:
+        await self._usage.reserve(request.owner_key, request.session_id, max_len)
+        try:
+            return await self._store.acquire(acquisition)
+        except OutriderError:
+            if acquisition.expected_epoch is None:
+                self._usage.note(request.owner_key, request.session_id, None)
+            raise
+
     async def _resume(
-        self, request: GenerationRequest, placed: Placed, record: SessionRecord, eos_token_ids: frozenset[int]
+        self, request: GenerationRequest, tokenizer: Tokenizer, placed: Placed, record: SessionRecord
     ) -> Opened:
         check_prompt_len(request, record.prompt_len, placed.target.max_sequence_len)
-        generated = record.token_ids[record.prompt_len :]
+        prompt, generated = record.token_ids[: record.prompt_len], record.token_ids[record.prompt_len :]
         adopted = adopted_tokens(generated, request.resume)
+        _check_adopted(request, tokenizer, placed, prompt, generated, adopted)
         missing_log_probs = _missing_log_probs(request, len(adopted))
-        epoch = await self._store.acquire(
-            Acquisition(
-                session_id=request.session_id,
-                expected_epoch=record.lease_epoch,
-                num_kept_tokens=len(record.token_ids),
-                token_ids=adopted,
-                origins=_adopted_origins(adopted),
-                num_kept_log_prob_bytes=len(record.log_probs),
-                log_probs=missing_log_probs,
-                fields=_handles(placed),
-            )
+        acquisition = Acquisition(
+            session_id=request.session_id,
+            expected_epoch=record.lease_epoch,
+            expected_len=len(record.token_ids),
+            least_epoch=record.worker_epoch + 1,
+            num_kept_tokens=len(record.token_ids),
+            token_ids=adopted,
+            origins=_adopted_origins(adopted),
+            num_kept_log_prob_bytes=len(record.log_probs),
+            log_probs=missing_log_probs,
+            fields=_handles(placed),
         )
+        try:
+            epoch = await self._store.acquire(acquisition)
+        except RecordMoved:
+            await self._store.fence(request.session_id, record.lease_epoch)
+            raise
+        plan = _plan(request, tokenizer, placed, record.prompt_len, record.seed, record.fork)
+        self._usage.note(request.owner_key, request.session_id, plan.max_len)
+        origins, log_probs = record.origins + _adopted_origins(adopted), record.log_probs + missing_log_probs
+        fields = {**record.fields(), **acquisition.fields}
         return Opened(
             placed=placed,
-            plan=_plan(request, placed, epoch, record.prompt_len, record.seed, eos_token_ids),
-            prompt=record.token_ids[: record.prompt_len],
+            plan=replace(plan, lease_epoch=epoch),
+            prompt=prompt,
             generated=(*generated, *adopted),
-            origins=record.origins[record.prompt_len :] + _adopted_origins(adopted),
-            log_probs=record.log_probs + missing_log_probs,
+            origins=origins[record.prompt_len :],
+            log_probs=log_probs,
             num_replaced_tokens=0,
+            copy=_copy((*record.token_ids, *adopted), origins, log_probs, fields),
         )
 
     @staticmethod
@@ -186,19 +236,16 @@ def _check_model(record: SessionRecord | None, placed: Placed, resumes: bool) ->
 
 
 def _plan(
-    request: GenerationRequest,
-    placed: Placed,
-    epoch: int,
-    prompt_len: int,
-    seed: int,
-    eos_token_ids: frozenset[int],
+    request: GenerationRequest, tokenizer: Tokenizer, placed: Placed, prompt_len: int, seed: int, fork: int
 ) -> GenerationPlan:
+    """Without its lease_epoch."""
+    eos = frozenset[int]() if request.ignore_eos else tokenizer.eos_token_ids
     return GenerationPlan(
         session_id=request.session_id,
-        lease_epoch=epoch,
+        lease_epoch=0,
         prompt_len=prompt_len,
         max_len=min(prompt_len + request.max_tokens, placed.target.max_sequence_len),
-        end_token_ids=eos_token_ids | frozenset(request.stop_token_ids),
+        end_token_ids=eos | frozenset(request.stop_token_ids),
         sampling=replace(request.sampling, seed=seed),
         verification=request.verification,
         num_draft_tokens=_num_draft_tokens(request, placed),
@@ -207,7 +254,27 @@ def _plan(
         vocab_size=placed.model.vocab_size,
         adaptive=request.num_draft_tokens is None,
         features=placed.draft is not None and placed.draft.wants_features,
+        fork=fork,
     )
+
+
+def _check_adopted(
+    request: GenerationRequest,
+    tokenizer: Tokenizer,
+    placed: Placed,
+    prompt: tuple[int, ...],
+    generated: tuple[int, ...],
+    adopted: tuple[int, ...],
+) -> None:
+    """Raises InvalidArgument for tokens that lie behind the generation's end."""
+    if not adopted:
+        return
+    max_tokens = min(request.max_tokens, placed.target.max_sequence_len - len(prompt))
+    trimmer = new_trimmer(request, tokenizer, prompt, max_tokens)
+    whole = (*generated, *adopted)
+    if len(trimmer.trim(whole, [TokenOrigin.TARGET] * len(whole)).token_ids) < len(whole):
+        field = "resume.tokens_beyond_durable"
+        raise InvalidArgument("REQUEST_MISMATCH", f"{field}: go on behind the generation's end", field=field)
 
 
 def new_trimmer(request: GenerationRequest, tokenizer: Tokenizer, prompt: tuple[int, ...], max_tokens: int) -> Trimmer:
@@ -257,6 +324,15 @@ def _num_draft_tokens(request: GenerationRequest, placed: Placed) -> int:
     """As asked, at most what target and draft take."""
     limits = [placed.target.max_draft_tokens] + ([placed.draft.max_draft_tokens] if placed.draft else [])
     return min(limits) if request.num_draft_tokens is None else min(request.num_draft_tokens, *limits)
+
+
+def _copy(token_ids: tuple[int, ...], origins: bytes, log_probs: bytes, fields: Mapping[str, str]) -> RecordCopy:
+    return RecordCopy.of(token_ids, origins, log_probs, {**fields, "running": "1"})
+
+
+def _noise_fork(session_id: str) -> int:
+    """Of a session that is a fork, from its own id: another than its source's and its siblings'."""
+    return int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:4]) or 1
 
 
 def _adopted_origins(adopted: tuple[int, ...]) -> bytes:

@@ -116,8 +116,7 @@ class Output:
             kept, self._kept = tuple(self._kept), []
             self._num_unread_tokens = 0
             self._heartbeat = self._quiet = False
-            if not self.full:
-                _wake(self._writer)
+            _wake(self._writer)
             finish = self._finish
             if kept or finish or not self._error:
                 yield Chunk(kept, self._durable_len, finish, self._statistics)

@@ -33,6 +33,8 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    fork: int = 0
+    """The noise fork: sessions that are copies of one another draw differently from one seed."""
     traceparent: str = ""
     """The generation's trace; empty: it is not traced."""
     features: bool = False
@@ -67,5 +69,6 @@ class GenerationPlan:
             max_new_tokens=max_len - len(tokens),
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
+            fork=self.fork,
             traceparent=self.traceparent,
         )

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from services.common.session_record import ANONYMOUS
 from services.common.values import SamplingParams, VerificationMethod
 from services.coordinator.chat_template import Message
 
@@ -41,6 +42,16 @@ class ResumePoint:
 
     num_received_tokens: int
     tokens_beyond_durable: tuple[int, ...]
+    num_prompt_tokens: int = 0
+    """Tokens that the generation continues, as its client was told; 0: the client does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The session that a new one begins as a copy of: of its first `length` tokens, or of all that is recorded."""
+
+    source_id: str
+    length: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +77,20 @@ class GenerationRequest:
     ignore_eos: bool
     include_special_tokens: bool
     resume: ResumePoint | None
+    fork: Fork | None = None
+    owner_key: str = ANONYMOUS
+    """Whose sessions these are; others see none of them."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what must be equal when a request_id comes again: all but ids and the resume point."""
+        """SHA-256 over what must be equal when a request_id comes again: all but ids, resume point and owner."""
         return hashlib.sha256(f"{self.input!r}\n{self.parameters()}".encode()).hexdigest()
 
     def parameters(self) -> str:
         """The parameters as JSON, for the session's record. The prompt is not among them."""
-        left_out = ("session_id", "request_id", "input", "resume")
+        left_out = ("session_id", "request_id", "input", "resume", "owner_key")
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         values: dict[str, object] = {name: getattr(self, name) for name in names}
         values |= {"sampling": dataclasses.asdict(self.sampling), "verification": self.verification.value}
+        values["fork"] = dataclasses.asdict(self.fork) if self.fork else None
         return json.dumps(values, sort_keys=True)

@@ -22,10 +22,11 @@ from services.common.open_tracer import open_tracer
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
+from services.common.session_usage import Caps, SessionUsage
 from services.common.tally import CallTally
 from services.common.telemetry_settings import METRICS_OFF
 from services.common.tracing import NO_TRACER, Tracer
-from services.coordinator.committer import Committer
+from services.coordinator.committer import Committer, Outage
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.discovery import Source
@@ -83,7 +84,8 @@ async def running_coordinator(
         stack.push_async_callback(store.aclose)
         await _check_store(store)
         placement = await asyncio.to_thread(_placement, config, tokenizers)
-        committer = Committer(store, retry_s=config.store_retry_s)
+        committer = Committer(store, outage=Outage(config.redis_outage), outage_after_s=config.redis_outage_after_s)
+        caps = Caps(config.max_client_sessions, config.max_client_tokens)
         tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)
         coordinator = Coordinator(
             config,
@@ -91,6 +93,7 @@ async def running_coordinator(
             placement=placement,
             store=store,
             committer=committer,
+            usage=SessionUsage(store.redis, caps, idle_s=config.session_idle_s),
             tally=tally,
             tracer=tracer,
         )
@@ -108,7 +111,12 @@ async def running_coordinator(
 
 def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
     server = GrpcServer(
-        config.host, config.port, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=config.reflection, calls=calls
+        config.host,
+        config.port,
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        reflect=config.reflection,
+        calls=calls,
+        max_connection_age_s=config.max_connection_age_s,
     )
     server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
     return server

@@ -5,6 +5,8 @@ Owns: messages ↔ values of the public interface. Must not know: how generation
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +16,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common import wire
+from services.common.service import end_tasks
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.config import CoordinatorConfig
@@ -59,7 +62,16 @@ class CoordinatorServicer:
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
         admitted = admit(request, self._limits(request.model))
-        async with self._coordinator.generate(admitted, _traceparent(context)) as stream:
+        async with contextlib.AsyncExitStack() as stack:
+            opening = asyncio.create_task(
+                stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
+            )
+            try:
+                while not (await asyncio.wait([opening], timeout=self._config.heartbeat_ms / 1e3))[0]:
+                    yield pb.GenerateResponse()
+            finally:
+                await end_tasks(opening)
+            stream = opening.result()
             yield pb.GenerateResponse(started=_encode_started(stream.started))
             async for chunk in stream.output:
                 yield encode_chunk(chunk)

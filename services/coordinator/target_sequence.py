@@ -185,7 +185,8 @@ def _no_target(error: OutriderError) -> Unavailable:
 def _refusal(error: OutriderError) -> Exception:
     """What a refusal means: the sequence is lost where opening it anew may help."""
     if error.reason == "STALE":
-        return Aborted("OWNERSHIP_LOST", f"the target knows a newer owner of the session: {error}")
+        message = f"the target knows a newer owner of the session: {error}"
+        return Aborted("OWNERSHIP_LOST", message, metadata=error.metadata)
     if error.reason == "UNKNOWN_SEQUENCE" or error.retry_after_ms or isinstance(error, Unavailable):
         return TargetLost(error)
     return error

@@ -118,8 +118,7 @@ class Trimmer:
         return FinishReason.LENGTH if self._num_tokens >= self._rules.max_tokens else None
 
     def _rest(self) -> str:
-        found = self._search.push(self._text.flush())
-        return found.text if found.stopped else found.text + self._search.flush()
+        return self._search.push(self._text.flush()).text + self._search.flush()
 
 
 def log_prob_row_bytes(num_top: int) -> int:

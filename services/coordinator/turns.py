@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from services.common.errors import DataLoss, InvalidArgument
-from services.common.session_store import SessionRecord
+from services.common.session_record import SessionRecord
 from services.coordinator.chat_template import Message
 from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
 from services.coordinator.stop_search import StopSearch
@@ -62,6 +63,27 @@ def check_prompt_len(request: GenerationRequest, prompt_len: int, max_sequence_l
             field=field,
             metadata={"limit": str(max_sequence_len - 1)},
         )
+
+
+def check_same_prompt(request: GenerationRequest, prompt_len: int) -> None:
+    """Raises DataLoss TOKENS_LOST where a resuming client's generation continued other tokens than there are now."""
+    told = request.resume.num_prompt_tokens if request.resume else 0
+    if told and told != prompt_len:
+        raise DataLoss(
+            "TOKENS_LOST",
+            f"the generation continued {told} tokens; without the session's lost record it has {prompt_len}",
+        )
+
+
+def forked(request: GenerationRequest, source: SessionRecord) -> SessionRecord:
+    """What a fork begins with: the source's record, or its first tokens. Raises InvalidArgument where it has fewer."""
+    length = request.fork.length if request.fork else None
+    if length is None:
+        return source
+    if length > len(source.token_ids):
+        message = f"fork_len: the session has {len(source.token_ids)} tokens, not {length}"
+        raise InvalidArgument("INVALID_PARAMETER", message, field="fork_len")
+    return replace(source, token_ids=source.token_ids[:length], origins=source.origins[:length], messages="", reply="")
 
 
 def adopted_tokens(generated: Sequence[int], resume: ResumePoint | None) -> tuple[int, ...]:

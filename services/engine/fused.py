@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from services.engine.models import CausalModel
-from services.engine.paged_attention import AttentionStep, LayerCall, ProbeStep
+from services.engine.paged_attention import AttentionStep, LayerCall, ProbeStep, Rotation
 
 NUM_PROBE_ROWS = 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of a replaced part's output, relative to the largest of the original's."""
 
-_SEED = 7
+SEED = 7
 
 
 class FusedNorm(torch.nn.Module):
@@ -81,19 +81,23 @@ class FusedAttention(torch.nn.Module):
         paged_step: AttentionStep,
         **others: object,
     ) -> tuple[torch.Tensor, None]:
+        return self.attend(hidden_states, paged_step.rotation(position_embeddings), paged_step), None
+
+    def attend(self, hidden: torch.Tensor, rotation: Rotation, step: AttentionStep) -> torch.Tensor:
+        """As `forward`, for a step's rotation that is at hand."""
         num_rotated = self._num_heads + self._num_kv_heads
-        heads = self.qkv_proj(hidden_states).view(-1, num_rotated + self._num_kv_heads, self._dim)
-        rotated, value = heads.narrow(1, 0, num_rotated), heads.narrow(1, num_rotated, self._num_kv_heads)
+        heads = self.qkv_proj(hidden).view(-1, num_rotated + self._num_kv_heads, self._dim)
+        rotated, value = heads.split_with_sizes((num_rotated, self._num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = rotated.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
             rotated = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
-        rotated = paged_step.rotation(position_embeddings).turn(rotated)
-        query, key = rotated.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
-        attended = paged_step.attend(self._call, query, key, value)
-        return self.o_proj(attended.flatten(1).unsqueeze(0)), None
+        query, key = rotation.turn(rotated).split_with_sizes((self._num_heads, self._num_kv_heads), 1)
+        attended = step.attend(self._call, query, key, value)
+        output: torch.Tensor = self.o_proj(attended.flatten(1).unsqueeze(0))
+        return output
 
 
-class _MixingStep(ProbeStep):
+class MixingStep(ProbeStep):
     """Answers with something that depends on all that a layer hands over."""
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -137,10 +141,10 @@ def _examples(model: CausalModel, parts: list[torch.nn.Module]) -> dict[torch.nn
         found[part] = _Example(arguments, keywords, output)
 
     handles = [part.register_forward_hook(keep, with_kwargs=True) for part in parts]
-    tokens = torch.randint(model.vocab_size, (NUM_PROBE_ROWS,), generator=torch.Generator().manual_seed(_SEED))
+    tokens = torch.randint(model.vocab_size, (NUM_PROBE_ROWS,), generator=torch.Generator().manual_seed(SEED))
     try:
         positions = torch.arange(NUM_PROBE_ROWS) + 1
-        model.logits(tokens, positions, positions[:1], paged_step=_MixingStep())
+        model.logits(tokens, positions, positions[:1], paged_step=MixingStep())
     finally:
         for handle in handles:
             handle.remove()
@@ -149,7 +153,7 @@ def _examples(model: CausalModel, parts: list[torch.nn.Module]) -> dict[torch.nn
 
 def _agrees(replacement: torch.nn.Module, example: _Example, tolerance: float) -> bool:
     """Whether it gives what the original gave, and asks the same of the attention."""
-    found_calls, expected_calls = _MixingStep(), example.keywords.get("paged_step")
+    found_calls, expected_calls = MixingStep(), example.keywords.get("paged_step")
     keywords = example.keywords | ({"paged_step": found_calls} if expected_calls is not None else {})
     try:
         found = replacement(*example.arguments, **keywords)

@@ -21,11 +21,14 @@ def check_num_rows(works: list[Work], logits: Tensor) -> None:
 
 
 def nonfinite_rows(logits: Tensor) -> Tensor:
-    """Which rows [R, V] hold a NaN or an infinity: bool [R], in one pass, without a transfer off a device.
+    """Which rows [R, V] hold a NaN or an infinity: bool [R], without a transfer off a device.
 
     On a host, where looking is free, call `refuse_nonfinite` with it before using the logits; else with the transfer.
     """
-    lowest, highest = torch.aminmax(logits, dim=1)
+    if logits.is_cpu:  # where the one pass is not vectorised: it takes 16 times as long as these two
+        lowest, highest = logits.amin(dim=1), logits.amax(dim=1)
+    else:
+        lowest, highest = torch.aminmax(logits, dim=1)
     return ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
 

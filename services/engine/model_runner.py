@@ -1,9 +1,12 @@
 """Computes one step: works in, logits out.
 
-Owns: the model, its KV pool and the call that joins them. Must not know: sampling, verification, scheduling, the wire.
+Owns: the model, its KV pool and the call that joins them, with its threads on a CPU. Must not know: sampling,
+verification, scheduling, the wire.
 """
 
 from __future__ import annotations
+
+import time
 
 import torch
 
@@ -11,7 +14,8 @@ from services.engine.kv_pool import KvPool
 from services.engine.models import CausalModel
 from services.engine.paged_attention import PagedStep
 from services.engine.step import Work
-from services.engine.step_layout import build_layout
+from services.engine.step_layout import StepLayout, build_layout
+from services.engine.thread_choice import ThreadChoice
 
 
 class ModelRunner:
@@ -20,6 +24,8 @@ class ModelRunner:
     def __init__(self, model: CausalModel, num_blocks: int, block_size: int) -> None:
         self.model = model
         self.pool = KvPool(model.layer_shapes, num_blocks, block_size, model.dtype, model.device)
+        self._max_threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._threads = ThreadChoice(self._max_threads)
 
     @torch.inference_mode()
     def forward(self, works: list[Work]) -> torch.Tensor:
@@ -30,5 +36,20 @@ class ModelRunner:
         if not works:
             return torch.empty(0, self.model.vocab_size, device=self.model.device)
         layout = build_layout(works, self.pool.block_size, self.model.device)
+        return self._logits(layout) if self._max_threads == 1 else self._logits_in_time(layout)
+
+    def _logits_in_time(self, layout: StepLayout) -> torch.Tensor:
+        """With as many threads as are best for so many tokens; afterwards the process has its own number again."""
+        num_tokens = len(layout.token_ids)
+        num_threads, started_ns = self._threads.num_threads(num_tokens), time.perf_counter_ns()
+        torch.set_num_threads(num_threads)
+        try:
+            logits = self._logits(layout)
+        finally:
+            torch.set_num_threads(self._max_threads)
+        self._threads.observe(num_tokens, num_threads, time.perf_counter_ns() - started_ns)
+        return logits
+
+    def _logits(self, layout: StepLayout) -> torch.Tensor:
         step = PagedStep(self.pool, layout)
         return self.model.logits(layout.token_ids, layout.positions, layout.logit_rows, paged_step=step).float()

@@ -140,7 +140,8 @@ def _argmax_chunk(scores: Floats, keys: NoiseKeys) -> npt.NDArray[np.int64]:
     padded = np.full((len(scores), num_blocks * 4), -np.inf, dtype=np.float32)
     padded[:, : scores.shape[1]] = scores
     blocked = padded.reshape(len(scores), num_blocks, 4)
-    row, block = np.nonzero(blocked.max(axis=2) >= (bound - _MAX_GUMBEL)[:, None])
+    highest_of_block = np.maximum.reduce([padded[:, lane::4] for lane in range(4)])  # faster than over the last axis
+    row, block = np.nonzero(highest_of_block >= (bound - _MAX_GUMBEL)[:, None])
     drawn = block_words(_take(keys, row), block)
     with np.errstate(under="ignore", over="ignore"):
         weight = np.exp(blocked[row, block] - bound[row, None]) * _SLACK

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from services.engine.flat_decoder import flatten
 from services.engine.fused import fuse
 from services.engine.models import CausalModel
 from services.engine.packed_linear import HalfLinear, pack_linear_layers, packed_layer
@@ -23,9 +24,9 @@ def pack(model: CausalModel) -> CausalModel:
         return model
     fuse(model)
     layer = packed_layer(model.dtype, model.device)
-    if layer is None:
-        return model
-    pack_linear_layers(model.module, layer)
-    if layer is not HalfLinear:
-        return model
-    return replace(model, module=model.module.float(), dtype=torch.float32)
+    if layer is not None:
+        pack_linear_layers(model.module, layer)
+    if layer is HalfLinear:
+        model = replace(model, module=model.module.float(), dtype=torch.float32)
+    flatten(model)
+    return model

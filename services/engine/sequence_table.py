@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from services.common.errors import Aborted, InvalidArgument, ResourceExhausted
+from services.common.errors import NEWEST_EPOCH, Aborted, InvalidArgument, ResourceExhausted
 from services.common.items import Identity, Open
 from services.engine.sequence import Sequence
 
@@ -195,6 +195,7 @@ def check_base_len(identity: Identity, num_tokens: int) -> None:
 
 
 def _stale(identity: Identity, newest: tuple[int, int]) -> Aborted:
+    message = f"(lease_epoch, attempt) is {identity.generation}, but {newest} has been opened on this worker"
     return Aborted(
-        "STALE", f"(lease_epoch, attempt) is {identity.generation}, but {newest} has been opened on this worker"
+        "STALE", message, metadata={NEWEST_EPOCH: str(newest[0])} if newest[0] > identity.lease_epoch else {}
     )

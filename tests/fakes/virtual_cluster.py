@@ -15,11 +15,12 @@ from typing import Any
 
 from services.common.errors import OutriderError
 from services.common.service import wait_until
-from services.common.session_store import Commit
+from services.common.session_record import RecordLost, Write
 from services.common.values import SamplingParams, VerificationMethod, WorkerInfo, WorkerLoad
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.draft_length import AdaptiveLength, DraftLength, FixedLength, LengthPolicy
 from services.coordinator.generation import Generation, Routes, Timeouts
+from services.coordinator.journal import Journal, RecordCopy
 from services.coordinator.output import Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
@@ -137,9 +138,9 @@ class SlowStore:
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s
 
-    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+    async def write_all(self, writes: Sequence[Write]) -> list[OutriderError | RecordLost | None]:
         await asyncio.sleep(self._delay_s)
-        return [None] * len(commits)
+        return [None] * len(writes)
 
 
 class Unhurried(ProposeDeadline):
@@ -201,7 +202,7 @@ class VirtualCluster:
         self.policy = LengthPolicy(lambda: self.target.load.num_sequences)
         self.alphas: tuple[float, ...] = ()
         """Conditional acceptance by position that the last run realised."""
-        self._committer = Committer(SlowStore(times.overhead_ms / 1e3), retry_s=1.0)
+        self._committer = Committer(SlowStore(times.overhead_ms / 1e3), outage_after_s=FOREVER_S)
 
     @staticmethod
     def _link(core: Any, codec: Any, clock: Clock, delay_s: float) -> VirtualLink:
@@ -236,7 +237,7 @@ class VirtualCluster:
             prompt,
             routes=Routes(FixedRoute(self.target), FixedRoute(self.draft) if num_draft_tokens != 0 else None),
             trimmer=Trimmer(EndRules(frozenset(), frozenset(), (), num_tokens), text),
-            journal=Journal(self._committer, plan.session_id, 1, len(prompt)),
+            journal=Journal(self._committer, plan.session_id, 1, RecordCopy.of(prompt, bytes(len(prompt)), b"", {})),
             output=output,
             statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
             timeouts=Timeouts(Unhurried(FOREVER_S), FOREVER_S, 1.0),

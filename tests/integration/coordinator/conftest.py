@@ -38,7 +38,7 @@ class Result:
 
     @property
     def started(self) -> pb.GenerationStarted:
-        return self.responses[0].started
+        return next(response.started for response in self.responses if response.HasField("started"))
 
     @property
     def tokens(self) -> list[int]:
@@ -186,6 +186,37 @@ async def coordinating(
         options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{coordinator.port}", options=options) as channel:
             yield coordinator, coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One of several coordinators."""
+
+    running: RunningCoordinator
+    stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+
+    @property
+    def port(self) -> int:
+        return self.running.port
+
+
+@contextlib.asynccontextmanager
+async def node(workers: Cluster | tuple[int, int], redis_url: str, **settings: Any) -> AsyncIterator[Node]:
+    """One more coordinator over the same workers, given by a cluster or by their ports."""
+    if isinstance(workers, Cluster):
+        workers = workers.target.port, workers.draft.port if workers.draft else 0
+    config = CoordinatorConfig(
+        port=0,
+        redis_url=redis_url,
+        tokenizer="simulated",
+        targets=f"127.0.0.1:{workers[0]}",
+        drafts=f"127.0.0.1:{workers[1]}" if workers[1] else "",
+    )
+    async with running_coordinator(dataclasses.replace(config, **settings)) as running:
+        assert await running.wait_ready(10)
+        options = rpc.channel_options(rpc.MAX_PUBLIC_MESSAGE_BYTES)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", options=options) as channel:
+            yield Node(running, coordinator_pb2_grpc.CoordinatorServiceStub(channel))
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ def sampling(**fields: Any) -> dict[str, Any]:
         (sampling(top_p=0.0), "INVALID_PARAMETER", "sampling.top_p"),
         ({"prompt": "a", "num_draft_tokens": 17}, "INVALID_PARAMETER", "num_draft_tokens"),
         ({"tokens": pb.TokenInput(token_ids=[1, 257])}, "INVALID_PARAMETER", "tokens.token_ids"),
-        ({"prompt": "a", "fork": True}, "UNSUPPORTED", "fork"),
+        ({"prompt": "a", "fork": True}, "INVALID_PARAMETER", "session_id"),
+        ({"prompt": "a", "fork_len": 3}, "INVALID_PARAMETER", "fork_len"),
     ],
 )
 async def test_bad_requests_name_reason_and_field_and_the_service_goes_on(
@@ -99,7 +100,7 @@ async def _drain(call: Any) -> None:
 async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster) -> None:
     with ValkeyServer() as server:
         url, slow = str(server.connection_url), replace(TARGET, simulated_step_ms=10.0)
-        async with start_cluster(target=slow, redis_url=url, store_retry_s=0.3) as cluster:
+        async with start_cluster(target=slow, redis_url=url, redis_outage="stop", redis_outage_after_s=0.2) as cluster:
             running = asyncio.create_task(cluster.generate(prompt="a", max_tokens=3000, ignore_eos=True))
             coordinator = cluster.coordinator.coordinator
             assert await wait_until(lambda: coordinator.num_running == 1, 5)

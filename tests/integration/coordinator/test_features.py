@@ -69,7 +69,7 @@ async def test_tokens_are_those_of_plain_decoding(
                 statistics = speculative.finished.statistics
                 assert 0 < statistics.num_accepted_tokens <= statistics.num_draft_tokens
     assert sum(told) > 24
-    assert max(told) <= 5
+    assert max(told) <= 24
 
 
 async def test_rejection_takes_its_rows(start_cluster: StartCluster, pair: tuple[Path, Path], told: list[int]) -> None:

@@ -21,7 +21,7 @@ from services.common.session_store import SessionStore
 from services.common.worker_server import RunningWorker
 from services.coordinator.rendezvous import LOAD_FACTOR
 from tests.fakes.kubernetes_api import KubernetesApi, endpoint_slice, kubeconfig
-from tests.fakes.tcp_proxy import TcpProxy
+from tests.fakes.tcp_proxy import proxied
 from tests.integration.coordinator.conftest import DRAFT, TARGET, ManyWorkers, Model, Result, StartMany, start_target
 
 SLOW = replace(TARGET, simulated_step_ms=5.0)
@@ -260,13 +260,13 @@ async def test_a_half_open_connection_is_noticed_by_keepalive(
 ) -> None:
     tenth = [(name, value // 10 if name.endswith("_ms") else value) for name, value in rpc._KEEPALIVE]
     monkeypatch.setattr(rpc, "_KEEPALIVE", tenth)
-    async with start_target(SLOW) as hidden, TcpProxy(hidden.port).serving() as proxy, start_target(SLOW) as plain:
+    async with start_target(SLOW) as hidden, proxied("127.0.0.1", hidden.port) as proxy, start_target(SLOW) as plain:
         addresses = f"127.0.0.1:{proxy.port},127.0.0.1:{plain.port}"
         async with start_many([SLOW], [], targets=addresses) as cluster:
             prompts = [f"prompt {n}" for n in range(6)]
             running = [asyncio.create_task(cluster.generate(**fields(prompt=p))) for p in prompts]
             assert await wait_until(lambda: bool(holding([hidden])), 5, 0.002)
-            proxy.freeze()
+            proxy.silence()
             async with asyncio.timeout(10):
                 results = [await task for task in running]
             whole = [await cluster.generate(**fields(prompt=p)) for p in prompts]

@@ -13,7 +13,7 @@ from rich.console import Console
 from bench.engine import report
 from bench.engine.__main__ import QUICK, SHAPES, run
 from bench.engine.children import ChildModel, measure, share_cores
-from bench.engine.figures import Figures, Measured, Peer, figures, percentile
+from bench.engine.figures import Figures, Measured, Peer, figures, percentile, quantiles
 from bench.engine.measure import weight_bytes
 from services.cli.bench.machine import environment
 from services.engine.packed_linear import pack_linear_layers, packed_layer
@@ -33,8 +33,8 @@ MEASURED = Measured(
     ],
     cold_ttft_ms=[1000.0, 900.0, 5000.0],
     hit_ttft_ms=[150.0, 250.0, 100.0],
-    alone_gaps_ms=[20.0] * 99 + [1000.0],
-    beside_prefill_gaps_ms=[30.0] * 50 + [60.0] * 49 + [2000.0],
+    alone_gaps_ms=[[20.0] * 99 + [1000.0], [20.0] * 100, [1.0] * 100],
+    beside_prefill_gaps_ms=[[30.0] * 50 + [60.0] * 49 + [2000.0], [25.0] * 10, [900.0] * 100],
 )
 
 
@@ -52,6 +52,7 @@ def test_figures_are_ratios_of_medians() -> None:
         steady_concurrency16_vs_1=150 / 20,
         share_of_bandwidth_limit=pytest.approx(20 / 50),
         prefix_hit_ttft_ratio=150 / 1000,
+        prefill_interference_p50_ratio=30 / 20,
         prefill_interference_p99_ratio=60 / 20,
     )
 
@@ -63,6 +64,16 @@ def test_the_limit_is_the_weights_over_the_best_bandwidth() -> None:
 def test_a_rates_share_counts_one_reading_of_the_weights_for_all_sequences() -> None:
     assert MEASURED.rate_share(25.0) == pytest.approx(0.5)
     assert MEASURED.rate_share(400.0, 16) == pytest.approx(0.5)
+
+
+def test_quantiles_are_kept_of_every_round() -> None:
+    assert quantiles([[3.0, 1.0, 2.0], [5.0]]) == {
+        "p50": [2.0, 5.0],
+        "p90": [3.0, 5.0],
+        "p99": [3.0, 5.0],
+        "p100": [3.0, 5.0],
+        "count": [3.0, 1.0],
+    }
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(1, 1.0), (50, 2.0), (75, 3.0), (99, 4.0), (100, 4.0)])
@@ -116,6 +127,7 @@ def test_a_tiny_run_writes_every_figure_and_the_plot(tmp_path: Path) -> None:
         ("generate, static cache", "bfloat16"),
         ("generate", "float32"),
     ]
+    assert all(count > 0 for gaps in found["gaps_ms"].values() for count in gaps["count"])
     assert found["environment"]["versions"]["torch"]
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
 

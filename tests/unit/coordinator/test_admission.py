@@ -5,6 +5,7 @@ import math
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,12 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common import wire
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, OutriderError
+from services.common.errors import InvalidArgument, NotFound, OutriderError
 from services.common.values import VerificationMethod
 from services.coordinator import admission
 from services.coordinator.admission import Limits, admit, check_session_id
 from services.coordinator.chat_template import Message
-from services.coordinator.request import ChatInput, GenerationRequest, TokenInput
+from services.coordinator.request import ChatInput, Fork, GenerationRequest, TokenInput
 
 LIMITS = Limits(models=("m",), vocab_size=100, default_num_draft_tokens=4, max_draft_tokens=16, max_prompt_bytes=1000)
 
@@ -52,6 +53,7 @@ REQUEST = st.builds(
     log_probs=st.booleans(),
     num_top_log_probs=UINT32,
     fork=st.booleans(),
+    fork_len=st.none() | UINT32,
     resume=st.builds(pb.ResumePoint, num_received_tokens=UINT32, tokens_beyond_durable=st.lists(UINT32, max_size=3)),
 )
 
@@ -71,7 +73,7 @@ def admitted_or_refused(request: pb.GenerateRequest) -> GenerationRequest | Outr
     """Other exceptions are defects."""
     try:
         return admit(request, LIMITS)
-    except (InvalidArgument, NotFound, FailedPrecondition) as error:
+    except (InvalidArgument, NotFound) as error:
         return error
 
 
@@ -191,12 +193,34 @@ def test_messages_and_token_ids_arrive_as_they_are() -> None:
     assert admit(pb.GenerateRequest(tokens=tokens), LIMITS).input == TokenInput((3, 3))
 
 
-def test_an_unknown_model_is_not_found_and_forks_are_not_supported() -> None:
+def test_an_unknown_model_is_not_found() -> None:
     with pytest.raises(NotFound, match="'x'"):
         admit(a_prompt(model="x"), LIMITS)
-    with pytest.raises(FailedPrecondition) as caught:
-        admit(a_prompt(fork=True), LIMITS)
-    assert caught.value.reason == "UNSUPPORTED"
+
+
+def test_a_fork_has_an_id_of_its_own_that_follows_from_session_and_request() -> None:
+    ids = {"session_id": str(uuid.uuid4()), "request_id": str(uuid.uuid4())}
+    fork = admit(pb.GenerateRequest(fork=True, fork_len=7, **ids), LIMITS)
+    assert fork.fork == Fork(ids["session_id"], 7)
+    assert fork.input == TokenInput(())
+    again = admit(pb.GenerateRequest(fork=True, fork_len=7, **ids), LIMITS)
+    assert (again.session_id, again.digest) == (fork.session_id, fork.digest)
+    sibling = admit(pb.GenerateRequest(fork=True, **{**ids, "request_id": str(uuid.uuid4())}), LIMITS)
+    assert len({fork.session_id, sibling.session_id, ids["session_id"]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"fork": True}, "session_id"),
+        ({"fork_len": 3}, "fork_len"),
+        ({"fork": True, "session_id": str(uuid.uuid4()), "fork_len": 0}, "fork_len"),
+    ],
+)
+def test_a_fork_names_its_source_and_a_length_needs_a_fork(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        admit(a_prompt(**fields), LIMITS)
+    assert caught.value.field == field
 
 
 def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> None:

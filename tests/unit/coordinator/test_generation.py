@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.errors import Aborted, OutriderError
-from services.common.session_store import Commit
+from services.common.session_record import RecordLost, Write
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
-from services.coordinator.committer import Committer, Journal
+from services.coordinator.committer import Committer
 from services.coordinator.draft_length import FixedLength
 from services.coordinator.generation import Generation, Routes, Timeouts
+from services.coordinator.journal import Journal, RecordCopy
 from services.coordinator.output import Chunk, Output
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
@@ -30,13 +31,13 @@ class SlowStore:
 
     def __init__(self) -> None:
         self.was_asked, self.may_answer = asyncio.Event(), asyncio.Event()
-        self.stored: list[Commit] = []
+        self.stored: list[Write] = []
 
-    async def commit_all(self, commits: Sequence[Commit]) -> list[OutriderError | None]:
+    async def write_all(self, writes: Sequence[Write]) -> list[OutriderError | RecordLost | None]:
         self.was_asked.set()
         await self.may_answer.wait()
-        self.stored += commits
-        return [None] * len(commits)
+        self.stored += writes
+        return [None] * len(writes)
 
 
 def new_generation(
@@ -64,7 +65,7 @@ def new_generation(
         [1, 65],
         routes=Routes(route or FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC)), None),
         trimmer=trimmer,
-        journal=Journal(committer, "s", 1, 2),
+        journal=Journal(committer, "s", 1, RecordCopy.of((1, 65), b"\0\1", b"", {})),
         output=output,
         statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
         timeouts=Timeouts(ProposeDeadline(1.0), 1.0, 1.0),
@@ -83,7 +84,7 @@ async def test_a_generation_stopped_before_its_first_step_ends_its_stream_and_re
 ) -> None:
     store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
     store.may_answer.set()
-    committer = Committer(store, retry_s=0.1)
+    committer = Committer(store, outage_after_s=60)
     committer.start()
     route = FixedRoute(WorkerLink("127.0.0.1:1", TARGET_CODEC))
     generation = new_generation(committer, output, route=route)
@@ -103,7 +104,7 @@ async def test_a_generation_stopped_before_its_first_step_ends_its_stream_and_re
 
 async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_is() -> None:
     store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
-    committer = Committer(store, retry_s=0.1)
+    committer = Committer(store, outage_after_s=60)
     committer.start()
     generation = new_generation(committer, output, FinishReason.LENGTH)
     generation.start()

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.values import FinishReason, TokenOrigin, TopLogProbs
+from services.coordinator.detokenizer import ByteTextStream
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.coordinator.trim import EndRules, Trimmed, Trimmer, log_prob_row_bytes, pack_log_probs, unpack_log_probs
 
@@ -42,6 +43,13 @@ def test_tokens_are_cut_behind_the_one_that_ends_it(
     trimmed = trimmer.trim(token_ids, [TARGET] * len(token_ids), [0.0] * len(token_ids))
     assert (len(trimmed.token_ids), len(trimmed.log_probs), trimmed.finish) == (kept, kept, reason)
     assert text_of(trimmed) == trimmer.text == text
+
+
+def test_behind_a_stop_string_not_even_half_a_character_is_left() -> None:
+    text = ByteTextStream({0: b"a", 1: b"STOP\xc3"})
+    trimmer = Trimmer(EndRules(frozenset(), frozenset(), ("STOP",), 100), text)
+    trimmed = trimmer.trim([0, 1, 0], [TARGET] * 3)
+    assert (trimmed.texts, trimmed.tail, trimmed.finish) == (("a", ""), "", FinishReason.STOP)
 
 
 @given(st.lists(st.sampled_from([*b"ab\xc3\xa9", EOS]), max_size=30), st.data())

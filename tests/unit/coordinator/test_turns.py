@@ -8,12 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import DataLoss, InvalidArgument
-from services.common.session_store import SessionRecord
+from services.common.session_record import SessionRecord
 from services.common.values import FinishReason, SamplingParams, VerificationMethod
 from services.coordinator.chat_template import Message
-from services.coordinator.request import ChatInput, GenerationRequest, ResumePoint, TextInput, TokenInput
+from services.coordinator.request import ChatInput, Fork, GenerationRequest, ResumePoint, TextInput, TokenInput
 from services.coordinator.tokenizer import SimulatedTokenizer
-from services.coordinator.turns import adopted_tokens, check_prompt_len, common_prefix_len, next_turn
+from services.coordinator.turns import (
+    adopted_tokens,
+    check_prompt_len,
+    check_same_prompt,
+    common_prefix_len,
+    forked,
+    next_turn,
+)
 
 TOKENIZER = SimulatedTokenizer()
 HELLO = (Message("user", "hello"),)
@@ -155,3 +162,24 @@ def test_the_common_prefix_is_common_and_longest(one: list[int], other: list[int
     length = common_prefix_len(one, other)
     assert one[:length] == other[:length]
     assert one[: length + 1] != other[: length + 1] or length == len(one) == len(other)
+
+
+def test_a_fork_begins_with_all_of_its_source_or_with_its_first_tokens() -> None:
+    source = replace(a_record([1, 2, 3, 4], 2, messages='[["user", "x"]]', reply="y"), origins=b"\0\0\1\2")
+    request = a_request(TokenInput((9,)))
+    whole = forked(replace(request, fork=Fork("s", None)), source)
+    assert whole == source
+    part = forked(replace(request, fork=Fork("s", 3)), source)
+    assert (part.token_ids, part.origins, part.messages) == ((1, 2, 3), b"\0\0\1", "")
+    assert next_turn(request, part, TOKENIZER).token_ids == (1, 2, 3, 9)
+    with pytest.raises(InvalidArgument, match="has 4 tokens, not 5"):
+        forked(replace(request, fork=Fork("s", 5)), source)
+
+
+def test_a_resumed_generation_that_continued_other_tokens_is_data_loss() -> None:
+    request = a_request(TextInput("x"))
+    for told in (0, 7):
+        check_same_prompt(replace(request, resume=ResumePoint(1, (), told)), 7)
+    check_same_prompt(request, 7)
+    with pytest.raises(DataLoss):
+        check_same_prompt(replace(request, resume=ResumePoint(1, (), 8)), 7)

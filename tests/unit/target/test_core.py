@@ -15,6 +15,7 @@ from services.common.vocab import SIMULATED_EOS
 from services.engine.block_manager import BlockManager
 from services.engine.sequence_table import FENCE_TTL_NS
 from services.engine.simulated import SimulatedTarget
+from services.engine.step import Verdict, Work
 from services.target.core import TargetCore
 from tests.unit.item_builders import (
     ManualClock,
@@ -96,6 +97,29 @@ def test_all_accepted_brings_a_bonus_token() -> None:
     expected = simulated_continuation(PREFIX, 5)
     (result,) = run(core, open_item(prefix=PREFIX), verify("a", 3, expected[:4]))
     assert tokens_of(result).token_ids == expected
+
+
+class FailingTarget(SimulatedTarget):
+    """A target whose works all fail once `fails` is set."""
+
+    fails = False
+
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
+        return [Internal("DEFECT", "not finite")] * len(works) if self.fails else super().step(works)
+
+
+def test_nothing_that_was_not_shared_before_is_shared_by_a_sequence_that_failed() -> None:
+    blocks = BlockManager(64, 4)
+    model = FailingTarget(blocks)
+    core = TargetCore(model, blocks, max_sequences=8, max_sequence_len=200, max_draft_tokens=8, clock=ManualClock())
+    expected = simulated_continuation(PREFIX, 9)
+    run(core, open_item(prefix=PREFIX), verify("a", 3, expected[:8]))
+    model.fails = True
+    assert error_of(run(core, verify("a", 12, ()))).reason == "DEFECT"
+    model.fails = False
+    (result,) = run(core, open_item("b", prefix=(*PREFIX, *expected)), decode("b", 12, 1))
+    assert tokens_of(result).token_ids == simulated_continuation((*PREFIX, *expected), 1)
+    assert core.prefix_cache_stats.num_hit_tokens == 0
 
 
 def test_rounds_continue_where_the_last_one_ended() -> None:

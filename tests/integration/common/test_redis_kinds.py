@@ -1,0 +1,169 @@
+"""The store on every kind of Redis: password, TLS with client certificates, Sentinel with a failover."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from services.common import redis_client
+from services.common.errors import ConfigError, Unavailable
+from services.common.service import wait_until
+from services.common.session_store import Acquisition, Commit, RecordLost, SessionStore
+from tests.fakes.redis_process import RedisProcess, running
+
+SESSION = "6a3c2f60-0000-4000-8000-000000000001"
+FIRST = Acquisition(SESSION, None, 0, (1, 2, 3), b"\0\0\0", {"request_id": "r1", "prompt_len": "3"})
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[SessionStore]:
+    store = SessionStore.connect(url, "one", idle_s=60, tombstone_s=600)
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+async def check_round_trip(url: str) -> None:
+    async with connected(url) as store:
+        await store.check_server()
+        epoch = await store.acquire(FIRST)
+        assert await store.write_all([Commit(SESSION, epoch, 3, (7,), b"\1")]) == [None]
+        record = await store.load(SESSION)
+        assert record is not None
+        assert record.token_ids == (1, 2, 3, 7)
+
+
+async def check_refusal(url: str) -> None:
+    async with connected(url) as store:
+        with pytest.raises(Unavailable) as caught:
+            await store.acquire(FIRST)
+        assert caught.value.reason == "STORE_UNAVAILABLE"
+
+
+async def test_a_password(tmp_path: Path) -> None:
+    with running(tmp_path, "--requirepass", "p@ss/word", url="redis://:p%40ss%2Fword@127.0.0.1:{port}/0") as server:
+        await check_round_trip(server.url)
+        await check_refusal(f"redis://127.0.0.1:{server.port}/0")
+        await check_refusal(f"redis://:other@127.0.0.1:{server.port}/0")
+
+
+async def test_a_socket_file(tmp_path: Path) -> None:
+    with running(tmp_path, "--unixsocket", str(tmp_path / "s")):
+        await check_round_trip(f"unix://{tmp_path / 's'}")
+
+
+async def test_tls_with_client_certificates(tmp_path: Path) -> None:
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip(
+            "the bundled server has no TLS, and there is no redis-server (Debian: apt-get install redis-server)"
+        )
+    trustme = pytest.importorskip("trustme")
+    authority, stranger = trustme.CA(), trustme.CA()
+    certificate, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("client@example.org")
+    files = {name: str(tmp_path / name) for name in ("ca", "other-ca", "server", "server-key", "client", "client-key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    stranger.cert_pem.write_to_path(files["other-ca"])
+    certificate.cert_chain_pems[0].write_to_path(files["server"])
+    certificate.private_key_pem.write_to_path(files["server-key"])
+    client.cert_chain_pems[0].write_to_path(files["client"])
+    client.private_key_pem.write_to_path(files["client-key"])
+    own = f"ssl_certfile={files['client']}&ssl_keyfile={files['client-key']}"
+    flags = ["--tls-cert-file", files["server"], "--tls-key-file", files["server-key"]]
+    flags += ["--tls-ca-cert-file", files["ca"]]
+    url = f"rediss://127.0.0.1:{{port}}/0?ssl_ca_certs={files['ca']}&{own}"
+    with running(tmp_path, *flags, binary=binary, url=url) as server:
+        await check_round_trip(server.url)
+        await check_refusal(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={files['ca']}")
+        await check_refusal(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={files['other-ca']}&{own}")
+
+
+@pytest.fixture
+def sentinels(tmp_path: Path) -> Iterator[tuple[RedisProcess, RedisProcess, str]]:
+    """A master, its replica, and the URL of three Sentinels that watch them."""
+    quick = ("--repl-diskless-sync-delay", "0")
+    with (
+        running(tmp_path, *quick) as master,
+        running(tmp_path, *quick, "--replicaof", "127.0.0.1", str(master.port)) as replica,
+    ):
+        watching = [RedisProcess(tmp_path, sentinel=True) for _ in range(3)]
+        try:
+            for sentinel in watching:
+                sentinel.start()
+                with Redis(port=sentinel.port) as client:
+                    client.sentinel_monitor("main", "127.0.0.1", master.port, 2)
+                    client.sentinel_set("main", "down-after-milliseconds", 300)
+                    client.sentinel_set("main", "failover-timeout", 2000)
+            hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in watching)
+            yield master, replica, f"redis+sentinel://{hosts}/main/0"
+        finally:
+            for sentinel in watching:
+                sentinel.kill()
+
+
+async def test_a_failover_is_followed_and_what_it_lost_is_known_as_lost(
+    sentinels: tuple[RedisProcess, RedisProcess, str],
+) -> None:
+    master, replica, url = sentinels
+    async with connected(url) as store:
+        epoch = await store.acquire(FIRST)
+        assert await store.write_all([Commit(SESSION, epoch, 3, (7,), b"\1")]) == [None]
+        await _until_copied(master, replica, int(url.split(",")[0].rsplit(":", 1)[1]))
+        master.kill()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    [outcome] = await store.write_all([Commit(SESSION, epoch, 4, (8,), b"\1")])
+                    break
+                except Unavailable:
+                    await asyncio.sleep(0.05)
+        assert outcome is None
+        record = await store.load(SESSION)
+        assert record is not None
+        assert record.token_ids == (1, 2, 3, 7, 8)
+        [lost] = await store.write_all([Commit(SESSION, epoch, 9, (8,), b"\1")])
+        assert isinstance(lost, RecordLost)
+
+
+async def _until_copied(master: RedisProcess, replica: RedisProcess, sentinel_port: int) -> None:
+    """Until the replica has all, and a Sentinel knows of it and of the other Sentinels."""
+
+    def is_copied() -> bool:
+        link = copy.info("replication")["master_link_status"]
+        state = sentinel.sentinel_master("main")
+        known = state["num-slaves"] == 1 and state["num-other-sentinels"] == 2
+        return link == "up" and client.dbsize() == copy.dbsize() and known
+
+    with Redis(port=master.port) as client, Redis(port=replica.port) as copy, Redis(port=sentinel_port) as sentinel:
+        assert await wait_until(is_copied, 30)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis+sentinel://", "redis+sentinel://host:1", "redis+sentinel://host:x/main", "redis+sentinel:///main"]
+)
+def test_a_sentinel_url_that_lacks_something_names_the_setting(url: str) -> None:
+    with pytest.raises(ConfigError, match="redis_url"):
+        redis_client.connect(url, 1.0)
+
+
+def test_a_sentinel_urls_parts_reach_the_clients() -> None:
+    client = redis_client.connect(
+        "rediss+sentinel://user:p%40ss@one:1,two/main/3?ssl_ca_certs=/ca&sentinel_password=secret", 1.0
+    )
+    pool = client.connection_pool
+    assert pool.service_name == "main"
+    settings = pool.connection_kwargs
+    assert (settings["db"], settings["username"], settings["password"]) == (3, "user", "p@ss")
+    sentinels = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+    assert [(s["host"], s["port"], s["password"]) for s in sentinels] == [
+        ("one", 1, "secret"),
+        ("two", 26379, "secret"),
+    ]
+    assert all(s["ssl_ca_certs"] == "/ca" for s in (settings, *sentinels))
