@@ -81,7 +81,13 @@ check-distribution: setup ## Chi-square runs of verifier and engine against the 
 check-mutants: setup ## Apply defects that break exactness and show which tests notice
 	$(BIN)/python -m tests.mutants
 
-check: lint test ## What CI runs
+fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.json; ARGS="--seconds 600 --seed 1000")
+	$(BIN)/python -m tests.fuzz --json bench/results/fuzz.json $(ARGS)
+
+fuzz-quick: setup ## The same for 30 seconds
+	@$(BIN)/python -m tests.fuzz --seconds 30
+
+check: lint test fuzz-quick ## What CI runs
 
 check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
 	$(BIN)/python -m deploy.tools.fetch
@@ -125,4 +131,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean check-distribution check-mutants check-deploy images images-base check-images chart
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick check-distribution check-mutants check-deploy images images-base check-images chart

@@ -17,6 +17,7 @@ from services.cli.bench.command import bench
 from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.inspect import models, sessions
+from services.cli.keys import keys
 from services.cli.plan.command import plan
 from services.cli.serve import serve
 from services.cli.top.command import top
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, top):
+for _command in (up, serve, generate, bench, plan, train_draft, demo, models, sessions, top, keys):
     cli.add_command(_command)
 
 

@@ -14,9 +14,9 @@ import sys
 import click
 
 from services.cli.failure import CommandFailed, describe
-from services.cli.options import address_option, decode_options, json_option
+from services.cli.options import access_options, address_option, decode_options, json_option
 from services.cli.terminal import is_coloured, legend, notices, write_text
-from services.client import Chat, GenerateOptions, OutriderClient, Prompt, Result
+from services.client import Access, Chat, GenerateOptions, OutriderClient, Prompt, Result
 from services.common.errors import OutriderError
 from services.common.values import VerificationMethod
 
@@ -45,6 +45,7 @@ _UINT64 = click.IntRange(0, 2**64 - 1)
 @click.option("--model", default="", help="Model name; needed only where several are served.")
 @click.option("--log-probs", is_flag=True, help="Each token's log-probability; needs --json.")
 @address_option(help="Coordinator to use; of several, separated by commas, others take over.")
+@access_options
 @json_option
 def generate(
     prompt: str | None,
@@ -54,6 +55,7 @@ def generate(
     verification: str,
     stop: tuple[str, ...],
     address: str,
+    access: Access,
     as_json: bool,
     **sampling: float | int | str | bool | None,
 ) -> None:
@@ -72,7 +74,7 @@ def generate(
     request: Prompt = text if raw else Chat.of(text, system=system)
     options = GenerateOptions(verification=VerificationMethod(verification), stop=stop, **sampling)  # type: ignore[arg-type]
     try:
-        result = asyncio.run(_generate(address, request, options, session, stream=not as_json))
+        result = asyncio.run(_generate(address, access, request, options, session, stream=not as_json))
     except OutriderError as error:
         raise CommandFailed(describe(error, address)) from None
     if as_json:
@@ -93,9 +95,15 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 async def _generate(
-    address: str, prompt: Prompt, options: GenerateOptions, session_id: str | None, *, stream: bool
+    address: str,
+    access: Access,
+    prompt: Prompt,
+    options: GenerateOptions,
+    session_id: str | None,
+    *,
+    stream: bool,
 ) -> Result:
-    async with OutriderClient(*address.split(",")) as client:
+    async with OutriderClient(*address.split(","), access=access) as client:
         generation = client.generate(prompt, options, session_id=session_id)
         if not stream:
             return await generation.complete()

@@ -15,17 +15,17 @@ import click
 from rich.table import Table
 
 from services.cli.failure import CommandFailed, describe
-from services.cli.options import address_option, json_option
+from services.cli.options import access_options, address_option, json_option
 from services.cli.terminal import results, whole
-from services.client import OutriderClient, ServedModel, SessionRecord
+from services.client import Access, OutriderClient, ServedModel, SessionRecord
 from services.common.errors import OutriderError
 
 T = TypeVar("T")
 
 
-def _ask(address: str, question: Callable[[OutriderClient], Awaitable[T]]) -> T:
+def _ask(address: str, access: Access, question: Callable[[OutriderClient], Awaitable[T]]) -> T:
     async def ask() -> T:
-        async with OutriderClient(address) as client:
+        async with OutriderClient(address, access=access) as client:
             return await question(client)
 
     try:
@@ -36,10 +36,11 @@ def _ask(address: str, question: Callable[[OutriderClient], Awaitable[T]]) -> T:
 
 @click.command()
 @address_option()
+@access_options
 @json_option
-def models(address: str, as_json: bool) -> None:
+def models(address: str, access: Access, as_json: bool) -> None:
     """List the models that requests may name."""
-    served = _ask(address, lambda client: client.list_models())
+    served = _ask(address, access, lambda client: client.list_models())
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(model) for model in served]))
         return
@@ -83,10 +84,11 @@ def sessions() -> None:
 @sessions.command("get")
 @click.argument("session_id")
 @address_option()
+@access_options
 @json_option
-def get(session_id: str, address: str, as_json: bool) -> None:
+def get(session_id: str, address: str, access: Access, as_json: bool) -> None:
     """Show a session's record: its tokens and how its last generation ended."""
-    record = _ask(address, lambda client: client.get_session(session_id))
+    record = _ask(address, access, lambda client: client.get_session(session_id))
     if as_json:
         finish = record.finish_reason.value if record.finish_reason else None
         click.echo(json.dumps(dataclasses.asdict(record) | {"finish_reason": finish}))
@@ -97,9 +99,10 @@ def get(session_id: str, address: str, as_json: bool) -> None:
 @sessions.command("close")
 @click.argument("session_id")
 @address_option()
-def close(session_id: str, address: str) -> None:
+@access_options
+def close(session_id: str, address: str, access: Access) -> None:
     """End a session: stop its generation and free what it holds."""
-    _ask(address, lambda client: client.close_session(session_id))
+    _ask(address, access, lambda client: client.close_session(session_id))
 
 
 def _print_record(record: SessionRecord) -> None:

@@ -6,12 +6,15 @@ Owns: their names, defaults and help. Must not know: what the commands do with t
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from services.cli.cluster import DTYPES, SIMULATED, ClusterSpec
+from services.client import Access
 from services.common.drafters import DRAFTER_HELP, parse_chain
 from services.common.errors import ConfigError
 from services.common.values import MAX_DRAFT_TOKENS, VerificationMethod
@@ -44,6 +47,41 @@ def address_option(default: str | None = DEFAULT_ADDRESS, help: str = "Coordinat
         callback=_stated,
         help=help,
     )
+
+
+_ACCESS_OPTIONS = (
+    click.option(
+        "--tls-ca",
+        envvar="OUTRIDER_TLS_CA",
+        default="",
+        help="Use TLS: PEM file of the authorities that vouch for the coordinator, or `system`.",
+    ),
+    click.option("--tls-cert", envvar="OUTRIDER_TLS_CERT", default="", help="PEM file of this client's certificate."),
+    click.option("--tls-key", envvar="OUTRIDER_TLS_KEY", default="", help="PEM file of the certificate's key."),
+    click.option(
+        "--api-key-file",
+        envvar="OUTRIDER_API_KEY_FILE",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="File with the API key; else the variable OUTRIDER_API_KEY is used.",
+    ),
+    click.option(
+        "--insecure", envvar="OUTRIDER_INSECURE", is_flag=True, help="Allow the API key to be sent in plaintext."
+    ),
+)
+
+
+def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what reaches a protected coordinator; the command gets it as one argument, `access`. There is no option for
+    the key itself: everybody on a machine sees the options of its processes."""
+
+    @functools.wraps(command)
+    def with_access(
+        tls_ca: str, tls_cert: str, tls_key: str, api_key_file: Path | None, insecure: bool, **options: Any
+    ) -> Any:
+        key = api_key_file.read_text() if api_key_file else os.environ.get("OUTRIDER_API_KEY", "")
+        return command(access=Access(tls_ca, tls_cert, tls_key, key.strip(), insecure), **options)
+
+    return _apply(with_access, _ACCESS_OPTIONS)
 
 
 class _NumDraftTokens(click.ParamType[int | None]):

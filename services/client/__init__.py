@@ -1,5 +1,6 @@
 """The typed async client of Outrider's public interface. It resumes by itself: a caller sees one unbroken stream."""
 
+from services.client.access import Access
 from services.client.client import OutriderClient
 from services.client.generation import Generation
 from services.client.status import ClusterStatus, CoordinatorActivity, WorkerStatus
@@ -21,6 +22,7 @@ from services.client.values import (
 )
 
 __all__ = [
+    "Access",
     "Chat",
     "ChatMessage",
     "Chunk",

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc.aio
 from outrider.v1 import coordinator_pb2
 
+from services.client.access import Access
 from services.client.connections import Connections
 from services.client.generation import Generation
 from services.client.status import ClusterStatus, status_from_proto
@@ -26,9 +27,6 @@ from services.client.wire import model_from_proto, request_to_proto, session_fro
 from services.common.errors import OutriderError, Unavailable
 from services.common.rpc import error_from_rpc
 
-if TYPE_CHECKING:
-    from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
-
 T = TypeVar("T")
 _UNARY_TIMEOUT_S = 10.0
 
@@ -36,9 +34,10 @@ _UNARY_TIMEOUT_S = 10.0
 class OutriderClient:
     """A client of one or several interchangeable coordinators. Async context manager; one event loop."""
 
-    def __init__(self, *addresses: str, retry: RetryPolicy | None = None) -> None:
-        """`addresses` are host:port. Connects when first used. Raises ValueError without an address."""
-        self._connections = Connections(addresses)
+    def __init__(self, *addresses: str, retry: RetryPolicy | None = None, access: Access | None = None) -> None:
+        """`addresses` are host:port. Connects when first used; in plaintext and without an API key unless `access`
+        says otherwise. Raises ValueError without an address, ConfigError for an `access` that cannot be used."""
+        self._connections = Connections(addresses, access)
         self._retry = retry or RetryPolicy()
 
     async def __aenter__(self) -> OutriderClient:
@@ -92,33 +91,32 @@ class OutriderClient:
     async def get_session(self, session_id: str) -> SessionRecord:
         """Raises NotFound for an unknown session."""
         request = coordinator_pb2.GetSessionRequest(session_id=session_id)
-        return session_from_proto(await self._call(lambda stub: stub.GetSession(request, timeout=_UNARY_TIMEOUT_S)))
+        return session_from_proto(await self._call(lambda stub, **how: stub.GetSession(request, **how)))
 
     async def close_session(self, session_id: str) -> None:
         """Ends a session and frees what it holds. Raises NotFound for an unknown session."""
         request = coordinator_pb2.CloseSessionRequest(session_id=session_id)
-        await self._call(lambda stub: stub.CloseSession(request, timeout=_UNARY_TIMEOUT_S))
+        await self._call(lambda stub, **how: stub.CloseSession(request, **how))
 
     async def list_models(self) -> tuple[ServedModel, ...]:
         """The models that requests may name, in order of their names."""
         request = coordinator_pb2.ListModelsRequest()
-        response = await self._call(lambda stub: stub.ListModels(request, timeout=_UNARY_TIMEOUT_S))
+        response = await self._call(lambda stub, **how: stub.ListModels(request, **how))
         return tuple(model_from_proto(model) for model in response.models)
 
     async def get_cluster_status(self) -> ClusterStatus:
         """How the coordinator and its workers are doing."""
         request = coordinator_pb2.GetClusterStatusRequest()
-        return status_from_proto(
-            await self._call(lambda stub: stub.GetClusterStatus(request, timeout=_UNARY_TIMEOUT_S))
-        )
+        return status_from_proto(await self._call(lambda stub, **how: stub.GetClusterStatus(request, **how)))
 
-    async def _call(self, call: Callable[[CoordinatorServiceAsyncStub], Awaitable[T]]) -> T:
+    async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]]) -> T:
         """Tries each address once; only unreachable coordinators are passed over."""
         failure: OutriderError | None = None
         for _ in range(len(self._connections)):
             connection = self._connections.current()
             try:
-                return await call(connection.stub)
+                how = {"timeout": _UNARY_TIMEOUT_S, "metadata": connection.metadata}
+                return await connection.track(call(connection.stub, **how))
             except grpc.aio.AioRpcError as error:
                 failure = error_from_rpc(error)
                 if not isinstance(failure, Unavailable):

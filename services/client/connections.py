@@ -1,39 +1,66 @@
 """The client's channels: one for each coordinator address, opened when first used.
 
-Owns: which coordinator is preferred at the moment. Must not know: what is called on it.
+Owns: which coordinator is preferred at the moment, and that new calls go out with the newest certificates.
+Must not know: what is called on it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
 from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, channel_options
+from services.client.access import Access
+from services.common.channels import Channels
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
 
+C = TypeVar("C", bound=grpc.aio.RpcContext)
 
-class Connection(NamedTuple):
-    """A coordinator's stub, and its place among the addresses."""
 
-    place: int
-    address: str
-    stub: CoordinatorServiceAsyncStub
+class Connection:
+    """A coordinator's stub, its place among the addresses, and the metadata that every call to it needs."""
+
+    def __init__(
+        self, place: int, address: str, channel: grpc.aio.Channel, version: int, metadata: Sequence[tuple[str, str]]
+    ) -> None:
+        self.place = place
+        self.address = address
+        self.channel = channel
+        self.version = version
+        self.metadata = tuple(metadata)
+        self.stub: CoordinatorServiceAsyncStub = CoordinatorServiceStub(channel)
+        self.num_calls = 0
+
+    def track(self, call: C) -> C:
+        """Has the channel stay open until the call has ended, even if another one takes its place meanwhile."""
+        self.num_calls += 1
+        call.add_done_callback(self._ended)
+        return call
+
+    def _ended(self, call: object) -> None:
+        self.num_calls -= 1
 
 
 class Connections:
     """Channels to interchangeable coordinators. Not safe across event loops."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        """Raises ValueError without an address."""
+    def __init__(self, addresses: Sequence[str], access: Access | None = None) -> None:
+        """Raises ValueError without an address, ConfigError for an `access` that cannot be used."""
         if not addresses:
             raise ValueError("at least one coordinator address is needed")
+        access = access or Access()
         self._addresses = tuple(addresses)
-        self._channels: dict[int, grpc.aio.Channel] = {}
+        self._metadata = access.metadata(addresses)
+        self._channels = Channels(access.load_tls(), max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES)
+        self._connections: dict[int, Connection] = {}
+        self._retired: list[Connection] = []
+        self._closing: set[asyncio.Task[None]] = set()
         self._preferred = 0
 
     def __len__(self) -> int:
@@ -41,11 +68,16 @@ class Connections:
 
     def current(self) -> Connection:
         """The preferred coordinator. Connects in the background; a call fails with UNAVAILABLE if that fails."""
-        place = self._preferred
-        if place not in self._channels:
-            options = channel_options(MAX_PUBLIC_MESSAGE_BYTES)
-            self._channels[place] = grpc.aio.insecure_channel(self._addresses[place], options=options)
-        return Connection(place, self._addresses[place], CoordinatorServiceStub(self._channels[place]))
+        place, version = self._preferred, self._channels.version
+        connection = self._connections.get(place)
+        if connection is None or connection.version != version:
+            if connection is not None:
+                self._retired.append(connection)
+            address = self._addresses[place]
+            connection = Connection(place, address, self._channels.open(address), version, self._metadata)
+            self._connections[place] = connection
+        self._let_go_of_retired()
+        return connection
 
     def avoid(self, connection: Connection) -> None:
         """Prefers the next address, unless another caller has turned away from `connection` already."""
@@ -54,6 +86,14 @@ class Connections:
 
     async def close(self) -> None:
         """Closes all channels; calls in progress are cancelled."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
-            await channel.close()
+        open_ones, self._connections, self._retired = [*self._connections.values(), *self._retired], {}, []
+        for connection in open_ones:
+            await connection.channel.close()
+        await asyncio.gather(*self._closing)
+
+    def _let_go_of_retired(self) -> None:
+        for connection in [connection for connection in self._retired if not connection.num_calls]:
+            self._retired.remove(connection)
+            task = asyncio.ensure_future(connection.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

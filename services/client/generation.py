@@ -162,7 +162,8 @@ class Generation:
 
     def _begin_call(self) -> _Call:
         self._connection = self._connections.current()
-        return self._connection.stub.Generate(self._next_request())
+        connection = self._connection
+        return connection.track(connection.stub.Generate(self._next_request(), metadata=connection.metadata))
 
     def _end_call(self) -> None:
         call, self._call = self._call, None

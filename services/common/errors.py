@@ -5,8 +5,9 @@
     ├── NotFound                          UNKNOWN_SESSION, UNKNOWN_MODEL
     ├── FailedPrecondition                VOCAB_MISMATCH, MODEL_MISMATCH, MODEL_CHANGED, SESSION_CLOSED, UNSUPPORTED
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
-    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL (retriable), TOO_LONG_FOR_POOL, SESSION_LIMIT,
-    │                                     TOKEN_LIMIT (not)
+    ├── PermissionDenied                  WRONG_PEER
+    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL, RATE_LIMITED, TOO_MANY_SESSIONS (retriable),
+    │                                     TOO_LONG_FOR_POOL, SESSION_LIMIT, TOKEN_LIMIT (not)
     ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
     │                                     STREAM_BROKEN
     ├── DeadlineExceeded                  DEADLINE
@@ -73,6 +74,10 @@ class NotFound(OutriderError):
     code = 5
 
 
+class PermissionDenied(OutriderError):
+    code = 7
+
+
 class ResourceExhausted(OutriderError):
     code = 8
 
@@ -107,6 +112,7 @@ ERRORS_BY_CODE: dict[int, type[OutriderError]] = {
         InvalidArgument,
         DeadlineExceeded,
         NotFound,
+        PermissionDenied,
         ResourceExhausted,
         FailedPrecondition,
         Aborted,

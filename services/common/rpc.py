@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -31,6 +32,7 @@ from services.common.errors import (
     OutriderError,
     Unavailable,
 )
+from services.common.probe import ProbeServer
 from services.common.tally import CallTally
 
 log = logging.getLogger(__name__)
@@ -62,14 +64,33 @@ def channel_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[t
     ]
 
 
-def server_options(max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES) -> list[tuple[str, int]]:
-    """As the channels'; permits their keepalive pings; two servers never share a port."""
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What peers can make a server hold, before any of its services has a say."""
+
+    max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES
+    max_connections: int = 1000
+    max_streams_a_connection: int = 256
+    max_concurrent_rpcs: int = 1024
+    """On all connections together; further ones are refused with RESOURCE_EXHAUSTED."""
+    handshake_s: float = 10.0
+    """For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
+    max_idle_s: float = 600.0
+    """A connection without calls is told to go after this long; clients connect again when they need to."""
+
+
+def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
+    """As the channels'; permits their keepalive pings; never shares a port; lets go of slow and of idle peers."""
     return [
         *_KEEPALIVE,
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
         ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.max_concurrent_streams", limits.max_streams_a_connection),
+        ("grpc.server_handshake_timeout_ms", int(1e3 * limits.handshake_s)),
+        ("grpc.max_connection_idle_ms", int(1e3 * limits.max_idle_s)),
         ("grpc.so_reuseport", 0),
     ]
 
@@ -225,22 +246,37 @@ class GrpcServer:
         host: str,
         port: int,
         *,
-        max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES,
+        limits: ServerLimits | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        probe_port: int | None = None,
         reflect: bool = True,
         stop_grace_s: float = 1.0,
         calls: CallTally | None = None,
         max_connection_age_s: int = 0,
     ) -> None:
+        """Plaintext without `credentials`. With a `probe_port` health is served there too, in plaintext."""
+        limits = limits or ServerLimits()
         self._calls = calls or CallTally()
-        options = [*server_options(max_message_bytes), *connection_age(max_connection_age_s)]
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(
+            options=[*server_options(limits), *connection_age(max_connection_age_s)],
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
+        )
+        self._credentials = credentials
         self._health = health.aio.HealthServicer()
+        self._probe = None if probe_port is None else ProbeServer(host, probe_port, self._health)
         self._names: list[str] = []
         self._reflect = reflect
         self._stop_grace_s = stop_grace_s
         self._address = f"{host}:{port}"
         self.port = 0
         """The bound port, once started."""
+
+    @property
+    def probe_port(self) -> int:
+        """The probe's bound port, once started; 0 where there is none."""
+        return self._probe.port if self._probe else 0
 
     def add(self, descriptor: ServiceDescriptor, servicer: object) -> None:
         """Registers a service; call before entering."""
@@ -254,12 +290,19 @@ class GrpcServer:
             reflection.enable_server_reflection(names, self._server)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.set_ready(False)
-        try:
-            self.port = self._server.add_insecure_port(self._address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._address}: {error}") from None
+        self.port = self._listen()
+        if self._probe:
+            await self._probe.__aenter__()
         await self._server.start()
         return self
+
+    def _listen(self) -> int:
+        try:
+            if self._credentials is None:
+                return self._server.add_insecure_port(self._address)
+            return self._server.add_secure_port(self._address, self._credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: {error}") from None
 
     async def set_ready(self, ready: bool) -> None:
         """What the health service says of the registered services."""
@@ -269,3 +312,5 @@ class GrpcServer:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._server.stop(self._stop_grace_s)
+        if self._probe:
+            await self._probe.__aexit__()

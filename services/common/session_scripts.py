@@ -126,12 +126,13 @@ return {0, epoch}
 """
 
 CLOSE = """
--- ARGV: tombstone seconds.
-local stored = redis.call('HMGET', KEYS[1], 'closed', 'lease_epoch')
+-- ARGV: tombstone seconds, owner key, the owner key of records that name none.
+local stored = redis.call('HMGET', KEYS[1], 'closed', 'lease_epoch', 'owner_key')
+if not stored[2] or (stored[3] or ARGV[3]) ~= ARGV[2] then return {1, 0} end
 if stored[1] then return {0, 0} end
-if not stored[2] then return {1, 0} end
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
-redis.call('HSET', KEYS[1], 'closed', '1', 'lease_epoch', string.format('%.0f', tonumber(stored[2]) + 1))
+redis.call('HSET', KEYS[1], 'closed', '1', 'lease_epoch', string.format('%.0f', tonumber(stored[2]) + 1),
+  'owner_key', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 return {0, 0}
 """

@@ -136,10 +136,11 @@ class SessionStore:
             raise self._unavailable(error) from error
         return there or self._clock() < self._failed_at + DEAD_AFTER_S
 
-    async def load(self, session_id: str) -> SessionRecord | None:
+    async def load(self, session_id: str, owner_key: str = ANONYMOUS) -> SessionRecord | None:
         """The session's record as of one moment; None if there is none.
 
-        Raises FailedPrecondition SESSION_CLOSED where a tombstone stands.
+        Raises FailedPrecondition SESSION_CLOSED where a tombstone stands, NotFound UNKNOWN_SESSION where record or
+        tombstone belong to another key's owner.
         """
         meta_key, *value_keys = _keys(session_id)
         pipeline = self._redis.pipeline(transaction=True)
@@ -153,6 +154,8 @@ class SessionStore:
         if not meta:
             return None
         fields = {name.decode(): value.decode() for name, value in meta.items()}
+        if fields.get("owner_key", ANONYMOUS) != owner_key:
+            raise unknown_session(session_id)
         if "closed" in fields:
             raise _closed(session_id)
         return decode_record(session_id, fields, token_ids or b"", origins or b"", log_probs or b"", max(0, ttl_s))
@@ -211,9 +214,12 @@ class SessionStore:
                 raise self._unavailable(reply)
         return [_outcome(write, reply) for write, reply in zip(writes, replies, strict=True)]
 
-    async def close(self, session_id: str) -> None:
-        """Leaves a tombstone in the session's place. Idempotent while it stands. Raises NotFound UNKNOWN_SESSION."""
-        status, _ = await self._evaluate(scripts.CLOSE, session_id, [self._tombstone_s])
+    async def close(self, session_id: str, owner_key: str = ANONYMOUS) -> None:
+        """Leaves a tombstone in the session's place. Idempotent while it stands.
+
+        Raises NotFound UNKNOWN_SESSION, also where it belongs to another key's owner.
+        """
+        status, _ = await self._evaluate(scripts.CLOSE, session_id, [self._tombstone_s, owner_key, ANONYMOUS])
         _raise_for(status, session_id)
 
     async def _write_pipeline(self, writes: Sequence[Write]) -> list[object]:
@@ -285,7 +291,7 @@ def _outcome(write: Write, reply: object) -> Outcome:
 
 def _raise_for(status: int, session_id: str) -> None:
     if status == scripts.MISSING:
-        raise NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
+        raise unknown_session(session_id)
     if status == scripts.CLOSED:
         raise _closed(session_id)
     if status == scripts.WRONG_LEN:
@@ -295,6 +301,11 @@ def _raise_for(status: int, session_id: str) -> None:
 def _busy(session_id: str) -> Aborted:
     message = f"session {session_id} was taken by another request at the same moment"
     return Aborted("SESSION_BUSY", message, retry_after_ms=200)
+
+
+def unknown_session(session_id: str) -> NotFound:
+    """What everybody but its owner is told of a session, too."""
+    return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
 
 
 def _closed(session_id: str) -> FailedPrecondition:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from services.common.config import setting
 from services.common.errors import ConfigError
+from services.common.security_config import SecurityConfig
 from services.common.telemetry_settings import (
     LOG_FORMAT_HELP,
     LOG_FORMATS,
@@ -25,10 +26,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(SecurityConfig):
     """Settings of a worker. Raises ConfigError for values out of range."""
 
-    host: str = setting("127.0.0.1", "Address to listen on.")
+    tls_coordinator_names: str = setting(
+        "coordinator",
+        "With TLS: DNS or URI names, separated by commas, of the certificates that may call this worker; * stands for "
+        "any characters but dots and slashes.",
+    )
     port: int = setting(0, "Port to listen on; 0 takes a free one.")
     model: str = setting("sample", "`sample`, a Hugging Face id, a directory, a GGUF file, or `simulated`.")
     model_name: str = setting("", "Name that requests use; empty derives it from the model.")
@@ -57,6 +62,9 @@ class WorkerConfig:
     trace_endpoint: str = setting("", TRACE_ENDPOINT_HELP)
 
     def __post_init__(self) -> None:
+        self.check_security()
+        if self.has_tls and not self.coordinator_names:
+            raise ConfigError("tls_coordinator_names: it is empty, so nobody could call this worker")
         limits = {
             "port": (0, 65_535),
             "metrics_port": (METRICS_OFF, 65_535),
@@ -77,6 +85,10 @@ class WorkerConfig:
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise ConfigError(f"{name}: {value} is not between {low} and {high}")
+
+    @property
+    def coordinator_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.tls_coordinator_names.split(",") if name.strip())
 
     @property
     def num_threads(self) -> int:

@@ -19,7 +19,7 @@ from services.common.service import setup_logging
 from services.common.worker_config import WorkerConfig
 
 C = TypeVar("C", bound=WorkerConfig)
-SHARED_VARIABLES = ("CACHE_DIR", "ADDRESS")
+SHARED_VARIABLES = ("CACHE_DIR", "ADDRESS", "API_KEY", "API_KEY_FILE")
 """OUTRIDER_* variables that are no field of a service's configuration."""
 
 

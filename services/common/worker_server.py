@@ -21,10 +21,12 @@ from prometheus_client import CollectorRegistry
 from services.common.failure import Failure
 from services.common.metrics import metrics_endpoint, new_registry
 from services.common.open_tracer import open_tracer
-from services.common.rpc import GrpcServer
+from services.common.peer_names import PeerNames
+from services.common.rpc import GrpcServer, ServerLimits
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
 from services.common.tally import CallTally, Watched
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.tls import server_credentials
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
 from services.common.worker import Engine, Worker, WorkerServicer, WorkerState
@@ -106,7 +108,7 @@ async def running_worker(
     state, calls, collector = WorkerState(tracer), CallTally(), WorkerCollector(recipe.role)
     registry = new_registry(calls, {"role": recipe.role})
     registry.register(collector)
-    server = GrpcServer(config.host, config.port, reflect=config.reflection, calls=calls)
+    server = _server(config, calls)
     server.add(_WORKER_SERVICE, WorkerServicer(state))
     server.add(recipe.service, recipe.servicer(state))
     with metrics_endpoint(config.host, metrics_port, registry) as bound_metrics_port:
@@ -124,6 +126,21 @@ async def running_worker(
                 await server.set_ready(False)
                 await asyncio.to_thread(engine.stop)
                 await asyncio.to_thread(close)
+
+
+def _server(config: WorkerConfig, calls: CallTally) -> GrpcServer:
+    """With TLS, coordinators alone may call it. Raises ConfigError for bad TLS files."""
+    tls = config.load_tls()
+    return GrpcServer(
+        config.host,
+        config.port,
+        limits=ServerLimits(max_connections=config.max_connections),
+        credentials=server_credentials(tls) if tls else None,
+        interceptors=[PeerNames(config.coordinator_names)] if tls else [],
+        probe_port=config.probe_port_number,
+        reflect=config.reflection,
+        calls=calls,
+    )
 
 
 async def serve_worker(config: WorkerConfig, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from services.common.service import setup_logging
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import serve
 
-SHARED_VARIABLES = ("CACHE_DIR", "ADDRESS")
+SHARED_VARIABLES = ("CACHE_DIR", "ADDRESS", "API_KEY", "API_KEY_FILE")
 """OUTRIDER_* variables that are no field of the configuration."""
 
 

@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from services.common.addresses import is_loopback, is_protected_url
 from services.common.config import setting
 from services.common.errors import ConfigError
+from services.common.security_config import SecurityConfig
 from services.common.telemetry_settings import (
     LOG_FORMAT_HELP,
     LOG_FORMATS,
@@ -22,6 +24,7 @@ from services.common.telemetry_settings import (
     TRACE_SAMPLE,
     TRACE_SAMPLE_HELP,
 )
+from services.common.tls_files import TlsFiles
 from services.common.values import MAX_DRAFT_TOKENS
 from services.coordinator.committer import Outage
 from services.coordinator.discovery import Source, parse_source
@@ -43,10 +46,18 @@ class DraftPoolConfig(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class CoordinatorConfig:
+class CoordinatorConfig(SecurityConfig):
     """Settings of a coordinator. Raises ConfigError for values out of range."""
 
-    host: str = setting("127.0.0.1", "Address to listen on.")
+    tls_client_ca: str = setting(
+        "", "Authorities that vouch for clients (PEM file): clients then need a certificate. Empty: they need none."
+    )
+    tls_target_name: str = setting(
+        "target", "With TLS: DNS name that a target worker's certificate must have; empty: the host in its address."
+    )
+    tls_draft_name: str = setting("draft", "The same for draft workers.")
+    insecure_redis: bool = setting(False, "Allow a Redis on another machine without TLS.")
+    api_keys_file: str = setting("", "File of `outrider keys`; clients then need a key. Read again when it changes.")
     port: int = setting(50051, "Port to listen on; 0 takes a free one.")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "The Redis that holds the sessions.")
     targets: str = setting("127.0.0.1:50053", f"Target workers, separated by commas, {WORKERS_HELP}.")
@@ -101,6 +112,7 @@ class CoordinatorConfig:
     trace_sample: float = setting(TRACE_SAMPLE, TRACE_SAMPLE_HELP)
 
     def __post_init__(self) -> None:
+        self.check_security()
         limits: dict[str, tuple[float, float]] = {
             "port": (0, 65_535),
             "metrics_port": (METRICS_OFF, 65_535),
@@ -130,6 +142,7 @@ class CoordinatorConfig:
         if not self.target_sources:
             raise ConfigError("targets: name at least one worker")
         _ = self.draft_pools  # raises what is wrong with them
+        self._check_peers()
         fixed = self.fixed_num_draft_tokens
         if fixed is not None and not 0 <= fixed <= self.max_draft_tokens:
             raise ConfigError(f"num_draft_tokens: {fixed} is not between 0 and {self.max_draft_tokens}")
@@ -161,6 +174,26 @@ class CoordinatorConfig:
             return int(self.num_draft_tokens)
         except ValueError:
             raise ConfigError(f"num_draft_tokens: {self.num_draft_tokens!r} is neither a number nor {AUTO}") from None
+
+    def _check_peers(self) -> None:
+        """That nothing leaves this machine in plaintext unasked."""
+        if self.tls_client_ca and not self.has_tls:
+            raise ConfigError("tls_client_ca: clients' certificates need tls_cert, tls_key and tls_ca")
+        sources = (*self.target_sources, *(source for pool in self.draft_pools for source in pool.sources))
+        remote = [source for source in sources if not is_loopback(source.host)]
+        if remote and not self.has_tls and not self.insecure:
+            raise ConfigError(
+                f"targets, drafts: {remote[0]} is another machine: give tls_cert, tls_key and tls_ca, or --insecure "
+                "to send prompts there in plaintext"
+            )
+        if not (self.insecure or self.insecure_redis or is_protected_url(self.redis_url)):
+            raise ConfigError(
+                "redis_url: it is another machine's: use rediss://, or --insecure-redis to send sessions in plaintext"
+            )
+
+    def load_public_tls(self) -> TlsFiles | None:
+        """What clients are served with: their authorities are not those of the workers. Raises ConfigError."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca) if self.has_tls else None
 
 
 class _DraftPart(NamedTuple):

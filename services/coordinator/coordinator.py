@@ -13,10 +13,10 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 
-from services.common.errors import Aborted, NotFound, OutriderError, ResourceExhausted, Unavailable
+from services.common.errors import Aborted, OutriderError, ResourceExhausted, Unavailable
 from services.common.service import end_tasks, wait_until
-from services.common.session_record import ANONYMOUS, RecordMoved, SessionRecord
-from services.common.session_store import SessionStore
+from services.common.session_record import RecordMoved, SessionRecord
+from services.common.session_store import SessionStore, unknown_session
 from services.common.session_usage import SessionUsage
 from services.common.tracing import NO_TRACER, Span, Tracer
 from services.coordinator.committer import Committer
@@ -59,6 +59,7 @@ class _Running:
     """A generation that runs here."""
 
     request_id: str
+    owner_key: str
     digest: str
     generation: Generation
     output: Output
@@ -89,7 +90,8 @@ class Coordinator:
         self._usage = usage
         self._opener = SessionOpener(store, usage, placement)
         self._running: dict[str, _Running] = {}
-        self._opening: set[str] = set()
+        self._opening: dict[str, str] = {}
+        """Sessions that are being opened, and the keys' owners who do."""
         self._draining = False
         self._hearts: list[asyncio.Task[None]] = []
 
@@ -139,9 +141,11 @@ class Coordinator:
         caller's span, if it has one.
 
         Raises what services.coordinator.opening and placement raise, and Unavailable DRAINING, ResourceExhausted
-        QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH.
+        QUEUE_FULL, Aborted SESSION_BUSY, InvalidArgument REQUEST_MISMATCH, NotFound UNKNOWN_SESSION for another
+        owner's session.
         """
         arrived_ns = time.perf_counter_ns()
+        self._check_owner(request.session_id, request.owner_key)
         ids = {"session_id": request.session_id, "request_id": request.request_id}
         with self._tracer.start("outrider.generate", traceparent, **ids) as span:
             await self._let_end(request)
@@ -151,25 +155,31 @@ class Coordinator:
             finally:
                 await _end(stream)
 
-    async def get(self, session_id: str, owner_key: str = ANONYMOUS) -> tuple[SessionRecord, bool]:
+    async def get(self, session_id: str, owner_key: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
-        record = _own(await self._load(session_id), session_id, owner_key)
+        record = await self._load(session_id, owner_key)
         if record is None:
-            raise _unknown(session_id)
+            raise unknown_session(session_id)
         elsewhere = record.running and record.owner_id != self._store.owner_id
         return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
 
-    async def close_session(self, session_id: str, owner_key: str = ANONYMOUS) -> None:
+    async def close_session(self, session_id: str, owner_key: str) -> None:
         """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
-        _own(await self._load(session_id), session_id, owner_key)
+        self._check_owner(session_id, owner_key)
         if running := self._running.get(session_id):
             await running.generation.stop(None)
-        await self._store.close(session_id)
+        await self._store.close(session_id, owner_key)
         self._usage.note(owner_key, session_id, None)
 
-    async def _load(self, session_id: str) -> SessionRecord | None:
+    def _check_owner(self, session_id: str, owner_key: str) -> None:
+        """Of a session that is in use here; of all others the store knows it."""
+        running = self._running.get(session_id)
+        if (running.owner_key if running else self._opening.get(session_id, owner_key)) != owner_key:
+            raise unknown_session(session_id)
+
+    async def _load(self, session_id: str, owner_key: str) -> SessionRecord | None:
         try:
-            return await self._store.load(session_id)
+            return await self._store.load(session_id, owner_key)
         except OutriderError as error:
             if error.reason == "SESSION_CLOSED":
                 return None
@@ -190,6 +200,7 @@ class Coordinator:
         if self._draining:
             raise Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=100)
         session_id = request.session_id
+        self._check_owner(session_id, request.owner_key)
         running = self._running.get(session_id)
         if session_id in self._opening or (running and running.request_id != request.request_id):
             raise busy(session_id)
@@ -201,11 +212,11 @@ class Coordinator:
                 f"{self._config.max_generations} generations are running, which is the limit",
                 retry_after_ms=1000,
             )
-        self._opening.add(session_id)
+        self._opening[session_id] = request.owner_key
         try:
             yield
         finally:
-            self._opening.discard(session_id)
+            del self._opening[session_id]
 
     async def _open_reserved(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         with self._reserve(request), span.child("outrider.open"):
@@ -219,7 +230,7 @@ class Coordinator:
             await running.generation.stop(Aborted("OWNERSHIP_LOST", "another stream has taken the generation over"))
         self._check_store(request.session_id)
         for _ in range(_MAX_OPENINGS):
-            record = _own(await self._store.load(request.session_id), request.session_id, request.owner_key)
+            record = await self._store.load(request.session_id, request.owner_key)
             if record and record.request_id == request.request_id:
                 check_same_request(request, record.request_digest)
                 if record.finish_reason:
@@ -247,9 +258,9 @@ class Coordinator:
         if request.fork is None:
             return None
         source_id = request.fork.source_id
-        source = _own(await self._store.load(source_id), source_id, request.owner_key)
+        source = await self._store.load(source_id, request.owner_key)
         if source is None:
-            raise _unknown(source_id)
+            raise unknown_session(source_id)
         return source
 
     async def _finished(self, request: GenerationRequest, record: SessionRecord) -> Stream:
@@ -298,7 +309,7 @@ class Coordinator:
             finish=past.finish,
             span=span,
         )
-        running = _Running(request.request_id, request.digest, generation, output)
+        running = _Running(request.request_id, request.owner_key, request.digest, generation, output)
         self._running[request.session_id] = running
         generation.start().add_done_callback(lambda _: self._forget(request, running, len(tokens)))
         return Stream(_started(request, opened.prompt, plan.sampling.seed), output, generation)
@@ -329,17 +340,6 @@ class Coordinator:
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
                 await self._usage.flush()
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
-
-
-def _own(record: SessionRecord | None, session_id: str, owner_key: str) -> SessionRecord | None:
-    """Raises NotFound UNKNOWN_SESSION for somebody else's, as if it were not there."""
-    if record and record.owner_key != owner_key:
-        raise _unknown(session_id)
-    return record
-
-
-def _unknown(session_id: str) -> NotFound:
-    return NotFound("UNKNOWN_SESSION", f"no session {session_id}", field="session_id")
 
 
 async def _end(stream: Stream) -> None:

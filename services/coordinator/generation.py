@@ -162,6 +162,7 @@ class Generation:
         is still this owner's, and may be resumed under an epoch beyond the worker's."""
         if NEWEST_EPOCH not in error.metadata:
             return error
+        self._abandoned = True  # it ends already: a refusal of this note must not cancel the way out
         self._journal.note({"worker_epoch": error.metadata[NEWEST_EPOCH]})
         await self._journal.settle()
         if self._journal.failure is not None or not self._journal.is_complete:

@@ -20,7 +20,7 @@ from services.common.session_usage import SessionUsage
 from services.common.values import TokenOrigin
 from services.coordinator.journal import RecordCopy
 from services.coordinator.placement import Placed, Placement, Wish
-from services.coordinator.plan import GenerationPlan
+from services.coordinator.plan import GenerationPlan, cache_salt
 from services.coordinator.request import GenerationRequest, TextInput
 from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.trim import EndRules, Trimmed, Trimmer, log_prob_row_bytes, unpack_log_probs
@@ -255,6 +255,7 @@ def _plan(
         adaptive=request.num_draft_tokens is None,
         features=placed.draft is not None and placed.draft.wants_features,
         fork=fork,
+        cache_salt=cache_salt(request.owner_key),
     )
 
 

@@ -18,11 +18,11 @@ from services.common.values import ModelInfo, WorkerInfo
 from services.coordinator.draft_length import LengthPolicy
 from services.coordinator.draft_pools import DraftPool, DraftShare, choose_pool, placeable
 from services.coordinator.generation import Routes
+from services.coordinator.link import Link
 from services.coordinator.rendezvous import Candidate, bounded_choice, prefix_key
 from services.coordinator.route import ItemT, PoolRoute, ResultT
 from services.coordinator.target_pools import Member, TargetKind, differences, elect
 from services.coordinator.tokenizer_set import TokenizerSet
-from services.coordinator.worker_link import WorkerLink
 from services.coordinator.worker_pool import PooledWorker, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class WorkerView(NamedTuple):
 
     role: str
     pool: str
-    link: WorkerLink[Any, Any]
+    link: Link[Any, Any]
 
     @property
     def address(self) -> str:

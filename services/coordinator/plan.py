@@ -5,11 +5,13 @@ Owns: the constants of one generation under one lease. Must not know: links, rou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.common.items import Identity, Open
 from services.common.logs import work_fields
+from services.common.session_store import ANONYMOUS
 from services.common.tracing import trace_id_of
 from services.common.values import SamplingParams, VerificationMethod, derive_draft_seed
 
@@ -33,6 +35,7 @@ class GenerationPlan:
     vocab_size: int
     """The target's: what is proposed must lie within."""
     adaptive: bool = False
+    cache_salt: bytes = b""
     fork: int = 0
     """The noise fork: sessions that are copies of one another draw differently from one seed."""
     traceparent: str = ""
@@ -69,6 +72,13 @@ class GenerationPlan:
             max_new_tokens=max_len - len(tokens),
             log_probs=self.log_probs,
             num_top_log_probs=self.num_top_log_probs,
+            cache_salt=self.cache_salt,
             fork=self.fork,
             traceparent=self.traceparent,
         )
+
+
+def cache_salt(owner_key: str) -> bytes:
+    """What tells one owner's cached prefixes and remembered outputs from another's on the workers, so that nobody can
+    tell by its own speed what others sent. It needs to be distinct, not secret: hashes never leave a worker."""
+    return b"" if owner_key == ANONYMOUS else hashlib.sha256(b"cache salt\0" + owner_key.encode()).digest()

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from services.common.errors import DeadlineExceeded, OutriderError
 from services.common.items import DraftItem, DraftResult, TargetItem, TargetResult
-from services.coordinator.worker_link import WorkerLink
+from services.coordinator.link import Link
 from services.coordinator.worker_pool import PooledWorker, WorkerPool
 
 ItemT = TypeVar("ItemT", bound=TargetItem | DraftItem)
@@ -25,7 +25,7 @@ class Route(Protocol[ItemT, ResultT]):
     """What a sequence needs to know of placement. `close` is the last call."""
 
     @property
-    def link(self) -> WorkerLink[ItemT, ResultT] | None:
+    def link(self) -> Link[ItemT, ResultT] | None:
         """The worker's that the generation is placed on; None: on none at present."""
         ...
 
@@ -83,7 +83,7 @@ class PoolRoute(Generic[ItemT, ResultT]):
         self._failed: set[str] = set()
 
     @property
-    def link(self) -> WorkerLink[ItemT, ResultT] | None:
+    def link(self) -> Link[ItemT, ResultT] | None:
         return self._worker.link if self._worker else None
 
     @property

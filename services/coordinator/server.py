@@ -11,21 +11,27 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tenacity
 from outrider.v1 import coordinator_pb2
 from prometheus_client import CollectorRegistry
 
+from services.common.addresses import is_loopback
+from services.common.api_keys import KeyFile
+from services.common.channels import Channels
 from services.common.errors import Unavailable
 from services.common.metrics import metrics_endpoint, new_registry
 from services.common.open_tracer import open_tracer
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
 from services.common.session_usage import Caps, SessionUsage
 from services.common.tally import CallTally
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.tls import server_credentials
 from services.common.tracing import NO_TRACER, Tracer
+from services.coordinator.authentication import ApiKeys, Authenticator
 from services.coordinator.committer import Committer, Outage
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
@@ -33,15 +39,19 @@ from services.coordinator.discovery import Source
 from services.coordinator.draft_pools import DraftPool
 from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
 from services.coordinator.placement import Placement
+from services.coordinator.quotas import Quotas
+from services.coordinator.renewing_link import RenewingLink
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.status import StatusReader
 from services.coordinator.tally import CoordinatorTally
 from services.coordinator.tokenizer_set import TokenizerSet
-from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, Codec, WorkerLink
+from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, Codec
 from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 
 log = logging.getLogger(__name__)
 
+_SPARE_CALLS = 64
+"""Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
 _WORKERS_START_S = 2.0
 _NOTICE_S = 0.2
@@ -101,7 +111,13 @@ async def running_coordinator(
         registry.register(CoordinatorCollector(tally, coordinator, placement))
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
         status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
-        server = _server(config, calls, CoordinatorServicer(config, coordinator, placement, tokenizers, status))
+        authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
+        quotas = Quotas()
+        servicer = CoordinatorServicer(
+            config, coordinator, placement, tokenizers, status, authenticator=authenticator, quotas=quotas
+        )
+        server = _server(config, authenticator, quotas, calls)
+        server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
@@ -109,27 +125,39 @@ async def running_coordinator(
         await server.set_ready(False)
 
 
-def _server(config: CoordinatorConfig, calls: CallTally, servicer: CoordinatorServicer) -> GrpcServer:
-    server = GrpcServer(
+def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quotas, calls: CallTally) -> GrpcServer:
+    tls = config.load_public_tls()
+    if not (authenticator.required or config.tls_client_ca or is_loopback(config.host)):
+        log.warning("whoever reaches %s may use this service: there is no api_keys_file, no tls_client_ca", config.host)
+    limits = ServerLimits(
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        max_connections=config.max_connections,
+        max_streams_a_connection=config.max_generations + _SPARE_CALLS,
+        max_concurrent_rpcs=2 * config.max_generations + _SPARE_CALLS,
+    )
+    return GrpcServer(
         config.host,
         config.port,
-        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+        limits=limits,
+        credentials=server_credentials(tls) if tls else None,
+        interceptors=[ApiKeys(authenticator, quotas)] if authenticator.required else [],
+        probe_port=config.probe_port_number,
         reflect=config.reflection,
         calls=calls,
         max_connection_age_s=config.max_connection_age_s,
     )
-    server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
-    return server
 
 
 def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement:
     """Raises ConfigError where workers cannot be discovered as configured. May take long."""
-    targets = _pool(config, "targets", config.target_sources, TARGET_CODEC)
+    tls = config.load_tls()
+    target_channels, draft_channels = (Channels(tls, name=n) for n in (config.tls_target_name, config.tls_draft_name))
+    targets = _pool(config, "targets", config.target_sources, TARGET_CODEC, target_channels)
     drafts = [
         DraftPool(
             pool.name,
             pool.weight,
-            _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC),
+            _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC, draft_channels),
             config.propose_timeout_s,
         )
         for pool in config.draft_pools
@@ -138,10 +166,14 @@ def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement
 
 
 def _pool(
-    config: CoordinatorConfig, name: str, sources: Sequence[Source], codec: Codec[ItemT, ResultT]
+    config: CoordinatorConfig,
+    name: str,
+    sources: Sequence[Source],
+    codec: Codec[ItemT, ResultT],
+    channels: Channels,
 ) -> WorkerPool[ItemT, ResultT]:
     discoveries = [source.discovery(config.dns_interval_s) for source in sources]
-    return WorkerPool(discoveries, lambda address: WorkerLink(address, codec), name)
+    return WorkerPool(discoveries, lambda address: RenewingLink(address, codec, channels), name)
 
 
 async def _check_store(store: SessionStore) -> None:

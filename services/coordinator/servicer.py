@@ -16,14 +16,17 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common import wire
+from services.common.api_keys import KeyOwner
 from services.common.service import end_tasks
 from services.common.values import FinishReason, TokenOrigin
 from services.coordinator.admission import Limits, admit, check_session_id
+from services.coordinator.authentication import Authenticator
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.draft_pools import DraftPool
 from services.coordinator.output import Chunk, Started
 from services.coordinator.placement import Placement, Served
+from services.coordinator.quotas import Quotas
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.status import StatusReader, WorkerStatus
 from services.coordinator.tokenizer_set import TokenizerSet
@@ -41,6 +44,9 @@ _ORIGINS = {
 }
 
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
 class CoordinatorServicer:
     """The RPCs. Errors are raised as they are; services.common.rpc turns them into statuses."""
 
@@ -51,18 +57,23 @@ class CoordinatorServicer:
         placement: Placement,
         tokenizers: TokenizerSet,
         status: StatusReader,
+        *,
+        authenticator: Authenticator,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._status = status
+        self._authenticator = authenticator
+        self._quotas = quotas
         self._coordinator = coordinator
         self._placement = placement
         self._tokenizers = tokenizers
 
-    async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        admitted = admit(request, self._limits(request.model))
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        owner = self._owner(context)
+        admitted = dataclasses.replace(admit(request, self._limits(request.model)), owner_key=owner.name)
         async with contextlib.AsyncExitStack() as stack:
+            count_tokens = stack.enter_context(self._quotas.generation(owner, admitted.session_id))
             opening = asyncio.create_task(
                 stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
             )
@@ -72,12 +83,16 @@ class CoordinatorServicer:
             finally:
                 await end_tasks(opening)
             stream = opening.result()
+            count_tokens(len(stream.started.prompt_token_ids))
             yield pb.GenerateResponse(started=_encode_started(stream.started))
             async for chunk in stream.output:
-                yield encode_chunk(chunk)
+                response = encode_chunk(chunk)
+                count_tokens(len(response.token_ids))
+                yield response
 
-    async def GetSession(self, request: pb.GetSessionRequest, context: object) -> pb.GetSessionResponse:
-        record, running = await self._coordinator.get(check_session_id(request.session_id))
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        session_id = check_session_id(request.session_id)
+        record, running = await self._coordinator.get(session_id, self._owner(context).name)
         finish = None if running else record.finish_reason
         return pb.GetSessionResponse(
             session_id=record.session_id,
@@ -91,15 +106,15 @@ class CoordinatorServicer:
             expires_in_s=record.expires_in_s,
         )
 
-    async def CloseSession(self, request: pb.CloseSessionRequest, context: object) -> pb.CloseSessionResponse:
-        await self._coordinator.close_session(check_session_id(request.session_id))
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
+        await self._coordinator.close_session(check_session_id(request.session_id), self._owner(context).name)
         return pb.CloseSessionResponse()
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_encode_served(served) for served in self._placement.served])
 
     async def GetClusterStatus(
-        self, request: pb.GetClusterStatusRequest, context: object
+        self, request: pb.GetClusterStatusRequest, context: Context
     ) -> pb.GetClusterStatusResponse:
         coordinator, status = self._coordinator, self._status
         return pb.GetClusterStatusResponse(
@@ -112,6 +127,9 @@ class CoordinatorServicer:
             drafts=[_encode_pool(pool, served) for served in self._placement.served for pool in served.drafts],
             activity=pb.CoordinatorActivity(**dataclasses.asdict(status.activity())),
         )
+
+    def _owner(self, context: Context) -> KeyOwner:
+        return self._authenticator.identify(context.invocation_metadata() or ())
 
     def _limits(self, model: str) -> Limits:
         """For a request that names `model`, or none."""
@@ -129,7 +147,7 @@ class CoordinatorServicer:
         )
 
 
-def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+def _traceparent(context: Context) -> str:
     """The caller's span, from the call's metadata."""
     return next((str(value) for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
 

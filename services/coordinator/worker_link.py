@@ -21,6 +21,7 @@ import grpc.aio
 from outrider.v1 import draft_pb2_grpc, target_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.common import rpc, wire, wire_draft, wire_target
+from services.common.channels import Channels
 from services.common.errors import DeadlineExceeded, FailedPrecondition, OutriderError, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Identity, Open, TargetItem, TargetResult
 from services.common.service import end_tasks
@@ -132,9 +133,11 @@ class Lane(Generic[ItemT, ResultT]):
 class WorkerLink(Generic[ItemT, ResultT]):
     """A worker's address, and the stream to it while it lives. `start` and `aclose` once each."""
 
-    def __init__(self, address: str, codec: Codec[ItemT, ResultT]) -> None:
+    def __init__(self, address: str, codec: Codec[ItemT, ResultT], channels: Channels | None = None) -> None:
+        """Each time it connects over a new channel of `channels`; without them in plaintext."""
         self.address = address
         self._codec = codec
+        self._channels = channels or Channels()
         self._lanes: dict[tuple[str, int, int], Lane[ItemT, ResultT]] = {}
         self._outgoing: list[ItemT] = []
         self._outgoing_waiter: asyncio.Future[None] | None = None
@@ -177,6 +180,11 @@ class WorkerLink(Generic[ItemT, ResultT]):
         """Why the link is not up."""
         return self._trouble
 
+    @property
+    def num_lanes(self) -> int:
+        """Sequences that are open on it."""
+        return len(self._lanes)
+
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sweep())]
 
@@ -214,19 +222,19 @@ class WorkerLink(Generic[ItemT, ResultT]):
 
     async def _run(self) -> None:
         backoff_s = 0.1
-        async with grpc.aio.insecure_channel(self.address, options=rpc.channel_options()) as channel:
-            self._channel = channel
-            while True:
-                try:
+        while True:
+            try:
+                async with self._channels.open(self.address) as channel:
+                    self._channel = channel
                     self._info = await self._describe(channel)
                     backoff_s = 0.1
                     await self._stream(channel)
-                except OutriderError as error:
-                    if error.reason != self._trouble.reason:
-                        log.warning("%s: %s", self, error)
-                    self._trouble = error
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter
-                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            except OutriderError as error:
+                if error.reason != self._trouble.reason:
+                    log.warning("%s: %s", self, error)
+                self._trouble = error
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _describe(self, channel: grpc.aio.Channel) -> WorkerInfo:
         info = await _ask(channel, _DESCRIBE_TIMEOUT_S)

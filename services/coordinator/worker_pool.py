@@ -18,7 +18,7 @@ from services.common.items import DraftItem, DraftResult, TargetItem, TargetResu
 from services.common.service import end_tasks
 from services.coordinator.breaker import CircuitBreaker
 from services.coordinator.discovery import Discovery, Endpoint, Endpoints
-from services.coordinator.worker_link import WorkerLink
+from services.coordinator.link import Link
 
 log = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT", bound=TargetItem | DraftItem)
@@ -32,7 +32,7 @@ _RECHECK_S = 0.1
 class PooledWorker(Generic[ItemT, ResultT]):
     """A link, and what the pool knows of its worker besides."""
 
-    def __init__(self, link: WorkerLink[ItemT, ResultT]) -> None:
+    def __init__(self, link: Link[ItemT, ResultT]) -> None:
         self.link = link
         self.breaker = CircuitBreaker()
         self.endpoint: Endpoint | None = Endpoint(link.address)
@@ -64,7 +64,7 @@ class WorkerPool(Generic[ItemT, ResultT]):
     """Runs from `start` to `aclose`."""
 
     def __init__(
-        self, discoveries: Sequence[Discovery], new_link: Callable[[str], WorkerLink[ItemT, ResultT]], name: str
+        self, discoveries: Sequence[Discovery], new_link: Callable[[str], Link[ItemT, ResultT]], name: str
     ) -> None:
         """`new_link` makes the link to an address; `name` is for people."""
         self._discoveries = tuple(discoveries)

@@ -14,7 +14,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common.errors import NotFound, OutriderError
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 
 Script = Callable[[pb.GenerateRequest], AsyncIterator[pb.GenerateResponse]]
 DRAFT, TARGET = sampling_pb2.TOKEN_ORIGIN_DRAFT, sampling_pb2.TOKEN_ORIGIN_TARGET
@@ -126,7 +126,7 @@ class FakeCoordinator:
 @contextlib.asynccontextmanager
 async def serving(fake: FakeCoordinator) -> AsyncIterator[str]:
     """Serves `fake` on a free loopback port; yields its address."""
-    server = GrpcServer("127.0.0.1", 0, max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, reflect=False, stop_grace_s=0.0)
+    server = GrpcServer("127.0.0.1", 0, limits=ServerLimits(MAX_PUBLIC_MESSAGE_BYTES), reflect=False, stop_grace_s=0.0)
     server.add(pb.DESCRIPTOR.services_by_name["CoordinatorService"], fake)
     async with server:
         yield f"127.0.0.1:{server.port}"

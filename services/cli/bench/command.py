@@ -29,9 +29,10 @@ from services.cli.bench.show import print_document
 from services.cli.bench.sweep import Case, CaseOutcome, Sweep, Where, run_cases
 from services.cli.cluster import SIMULATED, ClusterSpec
 from services.cli.failure import CommandFailed, describe
-from services.cli.options import address_option, cluster_options
+from services.cli.options import access_options, address_option, cluster_options
 from services.cli.prompts import Conversation, load_prompts, spread
 from services.cli.terminal import notices, results
+from services.client import Access
 from services.common.drafters import needs_model, parse_chain
 from services.common.errors import OutriderError
 from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
@@ -40,6 +41,7 @@ from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 @click.command()
 @bench_options
 @address_option(default=None, help="Measure this coordinator instead of starting a cluster.")
+@access_options
 @cluster_options
 def bench(
     prompts: Path,
@@ -50,6 +52,7 @@ def bench(
     check_distribution: int | None,
     overhead: bool,
     address: str | None,
+    access: Access,
     spec: ClusterSpec,
     output: Output,
 ) -> None:
@@ -75,7 +78,7 @@ def bench(
         _refuse_what_is_ignored(plan, sweep, peers, output)
     if overhead and address is not None:
         raise click.UsageError("--overhead starts a cluster of its own: no --address, no OUTRIDER_ADDRESS")
-    where = Where(address, spec)
+    where = Where(address, spec, access if address is not None else Access())
     output.check()
     conversations = spread(load_prompts(prompts), limit)
     configuration = _configuration(where, plan, sweep, prompts, len(conversations))
@@ -191,7 +194,7 @@ def _check_distribution(
     if plan.options.temperature == 0:
         raise click.UsageError("--check-distribution samples: --temperature must be above 0")
     with where.running(notices(), where.spec.drafter) as (address, _):
-        check = asyncio.run(draw_and_compare(address, conversation, plan, num_samples, notices()))
+        check = asyncio.run(draw_and_compare(address, conversation, plan, num_samples, notices(), where.access))
     if not output.quiet:
         print_distribution(check, results())
     _write_json(output, distribution_object(check, configuration, environment(sys.argv[1:])))

@@ -20,7 +20,7 @@ from services.cli.bench.load import LoadPlan
 from services.cli.bench.sample import Mode
 from services.cli.prompts import Conversation
 from services.cli.terminal import progress_bar
-from services.client import Chat, OutriderClient, Result
+from services.client import Access, Chat, OutriderClient, Result
 
 CONTINUATION_LEN = 8
 DEFAULT_NUM_SAMPLES = 1000
@@ -42,14 +42,19 @@ class DistributionCheck:
 
 
 async def draw_and_compare(
-    address: str, conversation: Conversation, plan: LoadPlan, num_samples: int, console: Console
+    address: str,
+    conversation: Conversation,
+    plan: LoadPlan,
+    num_samples: int,
+    console: Console,
+    access: Access | None = None,
 ) -> DistributionCheck:
     """Draws `num_samples` continuations in each mode, in turns. Raises OutriderError where a request fails."""
     drawn: dict[Mode, list[Result]] = {mode: [] for mode in Mode}
     text = conversation.turns[0]
     prompt = text if plan.raw else Chat.of(text)
     waiting = _requests(plan.seed, num_samples)
-    async with OutriderClient(address) as client:
+    async with OutriderClient(address, access=access) as client:
         with progress_bar(console) as progress:
             task = progress.add_task("sampling", total=2 * num_samples)
 

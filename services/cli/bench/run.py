@@ -15,7 +15,7 @@ from services.cli.bench.machine import cpu_time_ms
 from services.cli.bench.sample import Mode
 from services.cli.prompts import Conversation
 from services.cli.terminal import progress_bar
-from services.client import OutriderClient
+from services.client import Access, OutriderClient
 
 
 class RunOutcome(NamedTuple):
@@ -33,12 +33,13 @@ async def run_load(
     coordinator_pid: int | None = None,
     *,
     title: str = "measuring",
+    access: Access | None = None,
 ) -> RunOutcome:
     """Raises OutriderError if the warm-up fails; failures after it are counted, not raised."""
     blocks: list[Block] = []
     cpu_ms = dict.fromkeys(Mode, 0.0)
     known = coordinator_pid is not None
-    async with OutriderClient(address) as client:
+    async with OutriderClient(address, access=access) as client:
         with progress_bar(console) as progress:
             task = progress.add_task("warming up", total=len(conversations) * len(plan.modes))
             load = Load(client, plan, on_done=lambda: progress.advance(task))

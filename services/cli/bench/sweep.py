@@ -21,7 +21,7 @@ from services.cli.cluster import Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
 from services.cli.prompts import Conversation
 from services.cli.terminal import Stages
-from services.client import GenerateOptions
+from services.client import Access, GenerateOptions
 from services.common.values import VerificationMethod
 
 GREEDY = "greedy"
@@ -97,6 +97,8 @@ class Where(NamedTuple):
 
     address: str | None
     spec: ClusterSpec
+    access: Access = Access()
+    """To the running coordinator; a cluster of its own needs none."""
 
     @contextlib.contextmanager
     def running(self, console: Console, drafter: str) -> Iterator[tuple[str, int | None]]:
@@ -127,7 +129,7 @@ def run_cases(
                 for case in group:
                     case_plan = dataclasses.replace(plan, options=case.options(plan.options))
                     title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
-                    run = run_load(address, conversations, case_plan, console, pid, title=title)
+                    run = run_load(address, conversations, case_plan, console, pid, title=title, access=where.access)
                     outcomes.append(CaseOutcome(case, asyncio.run(run)))
         except CommandFailed as failed:
             failures[f"{drafter}: {failed}"] = failed

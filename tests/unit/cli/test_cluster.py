@@ -61,11 +61,11 @@ def test_several_workers_share_the_threads_and_take_free_ports():
 
 def test_named_pools_of_drafts_are_told_to_the_coordinator_by_name():
     spec = dataclasses.replace(SIMULATED, num_drafts=2, draft_port=50052)
-    assert pool_addresses(spec, ["h:1", "h:2"]) == "h:1,h:2"
+    assert pool_addresses(spec, ["127.0.0.1:1", "127.0.0.1:2"]) == "127.0.0.1:1,127.0.0.1:2"
     pools = (PoolSpec("fast", "suffix", ""), PoolSpec("big", "simulated", "simulated"))
     named = dataclasses.replace(spec, named_pools=pools)
     assert named.draft_ports == (50052, 0, 0, 0)
-    drafts = pool_addresses(named, ["h:1", "h:2", "h:3", "h:4"])
+    drafts = pool_addresses(named, ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4"])
     told = CoordinatorConfig(drafts=drafts, tokenizer="simulated").draft_pools
     assert [(pool.name, len(pool.sources)) for pool in told] == [("fast", 2), ("big", 2)]
 
@@ -110,7 +110,7 @@ def options(flags: list[str]) -> dict[str, str]:
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1), DraftConfig),
         (draft_flags(ClusterSpec(drafter="model"), MODEL, 1, "/models/a", "/models/b"), DraftConfig),
         (draft_flags(ClusterSpec(drafter="suffix,staged"), MODEL, 1), DraftConfig),
-        (coordinator_flags(SIMULATED, "simulated", "unix:///s", "h:1", "h:2"), CoordinatorConfig),
+        (coordinator_flags(SIMULATED, "simulated", "unix:///s", "127.0.0.1:1", "127.0.0.1:2"), CoordinatorConfig),
     ],
 )
 def test_every_flag_is_a_setting_of_its_service_and_parses(flags, config):

@@ -11,7 +11,7 @@ from services.coordinator.tokenizer_set import parse_tokenizers
 
 
 def config(**settings: str) -> CoordinatorConfig:
-    return CoordinatorConfig(tokenizer="simulated", **settings)  # type: ignore[arg-type]
+    return CoordinatorConfig(tokenizer="simulated", insecure=True, **settings)  # type: ignore[arg-type]
 
 
 def source(host: str, port: str) -> Source:

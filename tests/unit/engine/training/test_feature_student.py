@@ -114,7 +114,7 @@ def test_a_head_starts_as_the_draft_that_it_continues(target: Path, trained: Pat
     start = {"kind": "features", "start": str(tmp_path / "model")}
     train(settings(target, tmp_path / "head", **(shared | start | {"train_tokens": 1, "learning_rate": 1e-7})))
     model, head = (json.loads((tmp_path / name / "report.json").read_text())["held_out"] for name in ("model", "head"))
-    assert head["loss"] == pytest.approx(model["loss"], rel=1e-3)
+    assert head["loss"] == pytest.approx(model["loss"], rel=0.01)
     assert load_file(tmp_path / "head" / "model.safetensors")["head_ids"].shape == (150,)
     with pytest.raises(ConfigError, match=r"start: the draft has no .*layers\.1"):
         train(settings(target, tmp_path / "deep", layers="0,1", **(shared | start)))
