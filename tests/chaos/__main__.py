@@ -118,8 +118,8 @@ async def _run(setup: Setup, num_faults: int, choose: Random, directory: Path, f
     return Findings(
         counts=conductor.counts,
         tally=load.tally,
-        pauses_s=load.pauses_s,
-        pause_s=2 * float(np.percentile(load.gaps_s, 99)),
+        waits_s=load.waits_s,
+        gap_s=float(np.percentile(load.gaps_s, 99)),
         num_early=watch.num_early,
         num_looks=watch.num_looks,
         num_stale_writes=watch.num_stale_writes,

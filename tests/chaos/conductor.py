@@ -47,9 +47,9 @@ class Conductor:
     async def conduct(self, schedule: Iterator[Fault], number: int, on_fault: Callable[[str], None]) -> None:
         """Does `number` faults; `on_fault` hears of each in advance."""
         for fault, _ in zip(schedule, range(number), strict=False):
-            part = await self._pick(fault.role)
+            part, instance_id = await self._pick(fault.role)
             on_fault(f"{part.name}: {fault.kind.value}")
-            await self._do(fault, part)
+            await self._do(fault, part, instance_id)
             self.counts[fault.role, fault.kind] += 1
             await self._restart_crashed()
             await asyncio.sleep(self.choose.uniform(*_GAP_S))
@@ -63,33 +63,37 @@ class Conductor:
                     self.memory.add(part.role.value, name, Sample(self.load.tally.num_requests, memory_bytes))
             await asyncio.sleep(_SAMPLE_S)
 
-    async def _do(self, fault: Fault, part: Part) -> None:
+    async def _do(self, fault: Fault, part: Part, instance_id: str) -> None:
         ways = part.proxies if fault.everywhere else [self.choose.choice(part.proxies)]
         is_outage = fault.role is Role.REDIS and fault.kind is not Kind.DELAY
-        await self.watch.note_leases(self.load.session_ids)
+        holders = await self.watch.holders(self.load.session_ids)
+        hit = [
+            session_id for session_id, held in holders.items() if not instance_id or instance_id in held.instance_ids
+        ]
         if is_outage:
             self.watch.outage(True)
         if fault.role is Role.REDIS and fault.kind is Kind.DELAY:
             self.watch.every_chunk = True
-        self.load.fault_began(f"{fault.role.value}/{fault.kind.value}")
+        self.load.fault_began((fault.role, fault.kind), hit)
         await inject(fault, part, ways)
+        self.load.fault_ended()
         if fault.kind is Kind.KILL_WITH_DATA:
             self.load.data_lost()
         self.watch.every_chunk = False
         if is_outage:
             self.watch.outage(False)
             await asyncio.sleep(_AFTER_REDIS_S)
-        await self.watch.write_late()
+        await self.watch.write_late(holders)
 
-    async def _pick(self, role: Role) -> Part:
-        """A part of that role with a generation in flight; waits for one."""
+    async def _pick(self, role: Role) -> tuple[Part, str]:
+        """A part of that role with a generation in flight, and which instance it is; waits for one."""
         deadline = asyncio.get_running_loop().time() + _MAX_WAIT_S
         while asyncio.get_running_loop().time() < deadline:
             parts = self.fleet.of(role)
             self.choose.shuffle(parts)
             for part in parts:
-                if await self.fleet.num_in_flight(part):
-                    return part
+                if (standing := await self.fleet.ask(part)).num_in_flight:
+                    return part, standing.instance_id
             await asyncio.sleep(_POLL_S)
         raise NothingInFlight(f"no {role.value} had a generation in flight for {_MAX_WAIT_S:g} s")
 

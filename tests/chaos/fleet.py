@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc.aio
 from outrider.v1 import coordinator_pb2, coordinator_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -54,6 +55,19 @@ class FleetSpec:
     threads: int = 1
 
 
+class Standing(NamedTuple):
+    """How a part is: its instance, the generations at it, blocks of its KV pool in use. Nothing if it is silent."""
+
+    instance_id: str
+    num_in_flight: int
+    num_blocks: int
+
+    @property
+    def num_held(self) -> int:
+        """What should be 0 where nothing is asked; silence is not."""
+        return self.num_in_flight + self.num_blocks + (not self.instance_id)
+
+
 class Fleet:
     """All parts."""
 
@@ -69,44 +83,38 @@ class Fleet:
         """Of the coordinators, as clients know them."""
         return [part.proxies[0].address for part in self.of(Role.COORDINATOR)]
 
-    async def num_in_flight(self, part: Part) -> int:
-        """Generations that are at the part just now; 0 where it does not answer. Of Redis: all."""
+    async def ask(self, part: Part) -> Standing:
+        """Past the proxies. Of Redis: the coordinators together."""
         if part.role is Role.REDIS:
-            return sum(await asyncio.gather(*map(self.num_in_flight, self.of(Role.COORDINATOR))))
-        with contextlib.suppress(grpc.aio.AioRpcError):
+            all_of_them = await asyncio.gather(*map(self.ask, self.of(Role.COORDINATOR)))
+            return Standing("", sum(standing.num_in_flight for standing in all_of_them), 0)
+        try:
             async with grpc.aio.insecure_channel(part.direct_address) as channel:
-                if part.role is Role.COORDINATOR:
-                    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-                    status = coordinator_pb2.GetClusterStatusRequest()
-                    return int((await stub.GetClusterStatus(status, timeout=_ASK_S)).num_requests_running)
-                return (await worker_info(channel)).load.num_sequences
-        return 0
+                return await (_ask_coordinator if part.role is Role.COORDINATOR else _ask_worker)(channel)
+        except grpc.aio.AioRpcError:
+            return Standing("", 0, 0)
 
     async def wait_idle(self, timeout_s: float) -> dict[str, int]:
         """Waits until no worker holds blocks or sequences and no coordinator a generation; what is left by then."""
         deadline = time.monotonic() + timeout_s
         while True:
-            left = {part.name: await self._num_held(part) for part in self.parts if part.role is not Role.REDIS}
-            left = {name: number for name, number in left.items() if number}
+            asked = [(part.name, await self.ask(part)) for part in self.parts if part.role is not Role.REDIS]
+            left = {name: standing.num_held for name, standing in asked if standing.num_held}
             if not left or time.monotonic() > deadline:
                 return left
             await asyncio.sleep(_POLL_S)
 
-    async def _num_held(self, part: Part) -> int:
-        """Blocks in use, and sequences; of a coordinator generations."""
-        if part.role is Role.COORDINATOR:
-            return await self.num_in_flight(part)
-        async with grpc.aio.insecure_channel(part.direct_address) as channel:
-            load = (await worker_info(channel)).load
-            return int(load.num_used_blocks + load.num_sequences)
+
+async def _ask_coordinator(channel: grpc.aio.Channel) -> Standing:
+    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+    status = await stub.GetClusterStatus(coordinator_pb2.GetClusterStatusRequest(), timeout=_ASK_S)
+    return Standing(status.instance_id, status.num_requests_running, 0)
 
 
-async def worker_info(channel: grpc.aio.Channel) -> worker_pb2.GetWorkerInfoResponse:
+async def _ask_worker(channel: grpc.aio.Channel) -> Standing:
     stub = worker_pb2_grpc.WorkerServiceStub(channel)
-    response: worker_pb2.GetWorkerInfoResponse = await stub.GetWorkerInfo(
-        worker_pb2.GetWorkerInfoRequest(), timeout=_ASK_S
-    )
-    return response
+    info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_ASK_S)
+    return Standing(info.instance_id, info.load.num_sequences, info.load.num_used_blocks)
 
 
 @contextlib.asynccontextmanager

@@ -17,6 +17,7 @@ from random import Random
 from services.client import Chunk, OutriderClient, Result, SessionRecord, TokenIds
 from services.client.generation import is_resumable
 from services.common.errors import NotFound, OutriderError
+from tests.chaos.faults import Kind, Role
 from tests.chaos.replies import Differences, Request, differences
 from tests.chaos.watch import Watch
 
@@ -58,6 +59,20 @@ class Tally:
         self.troubles.append(what)
 
 
+@dataclass(slots=True)
+class Wait:
+    """What a fault does to a reply: the longest time that it went without a token since the fault began."""
+
+    fault: tuple[Role, Kind]
+    last_at: float
+    longest_s: float = 0.0
+    is_over: bool = False
+    """The fault has ended: the next token is the last one to count."""
+
+    def token(self, now: float) -> None:
+        self.longest_s, self.last_at = max(self.longest_s, now - self.last_at), now
+
+
 class Reply:
     """One reply as its client has received it, over all calls that it took."""
 
@@ -69,8 +84,7 @@ class Reply:
         self.num_changed = 0
         """Tokens that a later call delivered otherwise."""
         self.last_at = 0.0
-        self.waits: tuple[str, float] | None = None
-        """A fault, and when it began, if no token has come since."""
+        self.wait: Wait | None = None
 
     @property
     def name(self) -> str:
@@ -97,8 +111,8 @@ class Load:
         self.tally = Tally()
         self.gaps_s: list[float] = []
         """Of the undisturbed run, from chunk to chunk."""
-        self.pauses_s: dict[str, list[float]] = defaultdict(list)
-        """By fault: from its beginning to the next token, of each reply that was on its way."""
+        self.waits_s: dict[tuple[Role, Kind], list[float]] = defaultdict(list)
+        """By fault: the longest wait for a token of each reply that was at the part."""
         self._data_lost_at = 0.0
 
     @property
@@ -120,7 +134,6 @@ class Load:
         if self.tally.num_requests != len(self._expected) or self.tally.troubles:
             raise RuntimeError(f"the undisturbed run failed: {self.tally.troubles}")
         self.tally = Tally()
-        self.pauses_s.clear()
 
     async def run(self, num_clients: int, choose: Random) -> None:
         """Returns once `stop` was called and every reply has ended."""
@@ -130,11 +143,17 @@ class Load:
         """No further requests."""
         self._stopped = True
 
-    def fault_began(self, fault: str) -> None:
-        now = time.monotonic()
+    def fault_began(self, fault: tuple[Role, Kind], session_ids: list[str]) -> None:
+        """It hits a part that these sessions are at."""
+        now, hit = time.monotonic(), set(session_ids)
         for reply in self._active:
-            if reply.token_ids and reply.waits is None:
-                reply.waits = fault, now
+            if reply.session_id in hit and reply.wait is None:
+                reply.wait = Wait(fault, now)
+
+    def fault_ended(self) -> None:
+        for reply in self._active:
+            if reply.wait is not None:
+                reply.wait.is_over = True
 
     def data_lost(self) -> None:
         """Redis has just come back without its data."""
@@ -160,6 +179,7 @@ class Load:
             return None
         finally:
             del self._active[reply]
+            self._end_wait(reply)
             self.tally.num_requests += 1
             self.tally.num_tokens += len(reply.token_ids)
 
@@ -200,10 +220,16 @@ class Load:
         now = time.monotonic()
         if reply.last_at and not self._expected:
             self.gaps_s.append(now - reply.last_at)
-        if reply.waits:
-            fault, since = reply.waits
-            self.pauses_s[fault].append(now - since)
-        reply.last_at, reply.waits = now, None
+        if reply.wait is not None:
+            reply.wait.token(now)
+            if reply.wait.is_over:
+                self._end_wait(reply)
+        reply.last_at = now
+
+    def _end_wait(self, reply: Reply) -> None:
+        if reply.wait is not None:
+            self.waits_s[reply.wait.fault].append(reply.wait.longest_s)
+            reply.wait = None
 
     def _judge(self, reply: Reply, result: Result, expected: Result | None) -> None:
         """Against the undisturbed reply; any reply against what was delivered and its own length."""

@@ -24,13 +24,13 @@ _NUM_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Of one run. `pauses_s` by role and kind, of every reply on its way when a fault began; those above `pause_s` were
-    held up by it."""
+    """Of one run. `waits_s`: of every reply that was at the part that a fault hit, the longest wait for a token while
+    it lasted, and until the next one. `gap_s`: the same without faults, from token to token, 99th percentile."""
 
     counts: Counter[tuple[Role, Kind]]
     tally: Tally
-    pauses_s: Mapping[str, Sequence[float]]
-    pause_s: float
+    waits_s: Mapping[tuple[Role, Kind], Sequence[float]]
+    gap_s: float
     num_early: int
     num_looks: int
     num_stale_writes: int
@@ -61,17 +61,9 @@ class Findings:
         too_much = any(growth.share >= MAX_GROWTH for growth in self.growth.values())
         return too_much or any(self.failures().values())
 
-
-def held_up_ms(findings: Findings, role: Role | None = None, kind: Kind | None = None) -> list[float]:
-    """How long the replies waited that were held up."""
-    name = f"{role.value}/{kind.value}" if role and kind else None
-    return [
-        1e3 * pause_s
-        for fault, pauses_s in findings.pauses_s.items()
-        if name in (None, fault)
-        for pause_s in pauses_s
-        if pause_s > findings.pause_s
-    ]
+    def waits_ms(self, *faults: tuple[Role, Kind]) -> list[float]:
+        """Of these faults' replies."""
+        return [1e3 * wait_s for fault in faults for wait_s in self.waits_s.get(fault, ())]
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -88,15 +80,15 @@ def document(findings: Findings, setup: Mapping[str, object]) -> dict[str, objec
         "num_faults": findings.counts.total(),
         "num_requests": tally.num_requests,
         **findings.failures(),
-        "resume_ms": percentiles(held_up_ms(findings)),
+        "resume_ms": percentiles(findings.waits_ms(*findings.counts)),
         "memory_growth_per_100_requests": {role: round(g.share, 5) for role, g in findings.growth.items()} or None,
         "faults": [
             {
                 "part": role.value,
                 "kind": kind.value,
                 "num_faults": number,
-                "num_held_up": len(held_up_ms(findings, role, kind)),
-                "resume_ms": percentiles(held_up_ms(findings, role, kind)),
+                "num_streams": len(findings.waits_ms((role, kind))),
+                "resume_ms": percentiles(findings.waits_ms((role, kind))),
             }
             for (role, kind), number in sorted(findings.counts.items(), key=_order)
         ],
@@ -107,18 +99,18 @@ def document(findings: Findings, setup: Mapping[str, object]) -> dict[str, objec
         "num_looks": findings.num_looks,
         "num_late_writes": findings.num_late_writes,
         "errors": dict(tally.errors.most_common()),
-        "held_up_above_ms": round(1e3 * findings.pause_s, 1),
+        "undisturbed_gap_p99_ms": round(1e3 * findings.gap_s, 1),
         "seconds": round(findings.seconds, 1),
         **setup,
     }
 
 
 def show(findings: Findings, console: Console) -> None:
-    table = Table("part", "fault", "number", "streams held up", "resumed after p50", "p99", title="Faults")
+    table = Table("part", "fault", "faults", "streams at it", "next token p50", "p99", title="Faults")
     for (role, kind), number in sorted(findings.counts.items(), key=_order):
-        waits = held_up_ms(findings, role, kind)
+        waits = findings.waits_ms((role, kind))
         table.add_row(role.value, kind.value, str(number), str(len(waits)), *_in_ms(waits))
-    waits = held_up_ms(findings)
+    waits = findings.waits_ms(*findings.counts)
     table.add_row("all", "", str(findings.counts.total()), str(len(waits)), *_in_ms(waits), style="bold")
     console.print(table)
     tally = findings.tally

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import NamedTuple
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -22,13 +23,19 @@ _CATCHES_UP_S = 6.0
 _EVERY = 8
 
 
+class Holders(NamedTuple):
+    """The lease that a session is under, and the instances of its coordinator and its workers."""
+
+    lease_epoch: int
+    instance_ids: frozenset[str]
+
+
 class Watch:
     """`num_early`: tokens that a client had before the record did, outside of an outage of Redis. `num_stale_writes`:
     writes under an earlier lease that were taken."""
 
     def __init__(self, port: int) -> None:
-        self._redis = Redis(port=port, socket_timeout=5.0, socket_connect_timeout=5.0)
-        self._leases: dict[str, int] = {}
+        self._redis = Redis(port=port, socket_timeout=5.0, socket_connect_timeout=5.0, decode_responses=True)
         self._calm_from = 0.0
         self._num_chunks = 0
         self.every_chunk = False
@@ -54,24 +61,27 @@ class Watch:
                 self.num_looks += 1
                 self.num_early += max(0, num_tokens - stored)
 
-    async def note_leases(self, session_ids: list[str]) -> None:
-        """Under which lease each session is now."""
-        self._leases = {}
+    async def holders(self, session_ids: list[str]) -> dict[str, Holders]:
+        """Who has these sessions, as far as there are records."""
+        found: dict[str, Holders] = {}
         with contextlib.suppress(RedisError, OSError):
             for session_id in session_ids:
-                if epoch := await self._redis.hget(f"outrider:{{{session_id}}}:meta", "lease_epoch"):
-                    self._leases[session_id] = int(epoch)
+                fields = ["lease_epoch", "owner_id", "target_handle", "draft_handle"]
+                values = await self._redis.hmget(_meta_key(session_id), fields)
+                epoch, *instances = [str(value or "") for value in values]
+                if instances[0]:
+                    ids = frozenset(instance.partition(" ")[0] for instance in instances)
+                    found[session_id] = Holders(int(epoch), ids)
+        return found
 
-    async def write_late(self) -> None:
+    async def write_late(self, earlier: dict[str, Holders]) -> None:
         """For each session that has changed hands since then: a write under the old lease arrives only now, as from a
         network that had held it back. It fits what is stored; the lease alone says that it is late."""
         with contextlib.suppress(RedisError, OSError, OutriderError):
-            for session_id, old_epoch in self._leases.items():
-                owner_id, epoch = await self._redis.hmget(
-                    f"outrider:{{{session_id}}}:meta", ["owner_id", "lease_epoch"]
-                )
-                if owner_id and int(epoch) > old_epoch:
-                    await self._write(session_id, owner_id.decode(), old_epoch)
+            for session_id, holders in earlier.items():
+                owner_id, epoch = await self._redis.hmget(_meta_key(session_id), ["owner_id", "lease_epoch"])
+                if owner_id and epoch and int(epoch) > holders.lease_epoch:
+                    await self._write(session_id, str(owner_id), holders.lease_epoch)
 
     async def _write(self, session_id: str, owner_id: str, epoch: int) -> None:
         store = SessionStore(self._redis, owner_id, idle_s=3600, tombstone_s=3600)
@@ -79,3 +89,7 @@ class Watch:
         outcomes = await store.write_all([Commit(session_id, epoch, length, (_WRONG_TOKEN,), b"\x02")])
         self.num_late_writes += 1
         self.num_stale_writes += outcomes == [None]
+
+
+def _meta_key(session_id: str) -> str:
+    return f"outrider:{{{session_id}}}:meta"
