@@ -6,14 +6,14 @@ Owns: the options, and the composition. The logs of all processes stay where a r
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -80,11 +80,9 @@ SETUPS = {
 }
 
 
-async def run(setup: Setup, num_faults: int, seed: int, directory: Path, source: Path | None) -> Findings:
-    """`source`: the tree that the processes run, in place of this one."""
+async def run(setup: Setup, num_faults: int, seed: int, directory: Path) -> Findings:
     choose = Random(seed)
-    env = {"PYTHONPATH": str(source)} if source else {}
-    async with running_fleet(setup.fleet, directory, env) as fleet:
+    async with running_fleet(setup.fleet, directory) as fleet:
         watch = Watch(fleet.redis_port)
         try:
             return await _run(setup, num_faults, choose, directory, fleet, watch)
@@ -102,12 +100,14 @@ async def _run(setup: Setup, num_faults: int, choose: Random, directory: Path, f
         began_at = time.monotonic()
         sampling = asyncio.create_task(conductor.sample_memory())
         running = asyncio.create_task(load.run(setup.num_clients, choose))
+
+        def on_fault(what: str) -> None:
+            progress.update(task, description=what, completed=conductor.counts.total())
+            for trouble in load.tally.news():
+                progress.console.print(trouble, style="red", markup=False, highlight=False)
+
         try:
-            await conductor.conduct(
-                faults(choose, LEASE_S, KEEPALIVE_S),
-                num_faults,
-                lambda what: progress.update(task, description=what, completed=conductor.counts.total()),
-            )
+            await conductor.conduct(faults(choose, LEASE_S, KEEPALIVE_S), num_faults, on_fault)
             progress.update(task, description="the last replies", completed=num_faults)
             load.stop()
             await running
@@ -142,19 +142,17 @@ def _progress(num_faults: int) -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-@contextlib.contextmanager
-def mutated(name: str) -> Iterator[Path | None]:
-    """A copy of the tree with that mutant of tests.mutants; None without a name."""
-    if not name:
-        yield None
-        return
+def run_mutated(name: str) -> int:
+    """The same run on a copy of the tree with that mutant; its exit status."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in (name, "--mutant", f"--mutant={name}")]
     with tempfile.TemporaryDirectory(prefix="outrider-mutant-") as directory:
         tree = Path(directory)
         copy_tree(tree)
         mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
         if not all(apply(edit, tree) for edit in mutant.edits):
             raise click.ClickException(f"the mutant {name!r} does not apply")
-        yield tree
+        command = [sys.executable, "-m", "tests.chaos", *arguments]
+        return subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=False).returncode
 
 
 @click.command()
@@ -167,12 +165,13 @@ def mutated(name: str) -> Iterator[Path | None]:
 def main(
     num_faults: int, models: str, clients: int | None, seed: int, mutant: str | None, json_file: Path | None
 ) -> None:
+    if mutant:
+        sys.exit(run_mutated(mutant))
     setup = SETUPS[models]
     if clients:
         setup = dataclasses.replace(setup, num_clients=clients)
     directory = Path(tempfile.mkdtemp(prefix="outrider-chaos-"))
-    with mutated(mutant or "") as source:
-        findings = uvloop.run(run(setup, num_faults, seed, directory, source))
+    findings = uvloop.run(run(setup, num_faults, seed, directory))
     show(findings, Console())
     if json_file:
         about = {

@@ -118,10 +118,10 @@ async def _ask_worker(channel: grpc.aio.Channel) -> Standing:
 
 
 @contextlib.asynccontextmanager
-async def running_fleet(spec: FleetSpec, directory: Path, env: Mapping[str, str]) -> AsyncIterator[Fleet]:
-    """From enter to exit; `env` is added to the processes' environment. The logs stay in `directory`."""
+async def running_fleet(spec: FleetSpec, directory: Path) -> AsyncIterator[Fleet]:
+    """From enter to exit. The logs stay in `directory`."""
     target = prepare_model(spec.cluster.target)
-    build = _Builder(spec, directory, {**child_environment(spec.threads), **env}, target)
+    build = _Builder(spec, directory, child_environment(spec.threads), target)
     async with contextlib.AsyncExitStack() as stack:
         redis, targets, drafts = build.redis(), build.workers(Role.TARGET), build.workers(Role.DRAFT)
         await _start_proxies(stack, [redis, *targets, *drafts])

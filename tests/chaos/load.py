@@ -46,6 +46,13 @@ class Tally:
     """Reasons that calls ended with."""
     troubles: list[str] = field(default_factory=list)
     """What was wrong, in words."""
+    num_told: int = 0
+    """Of the troubles, by `news`."""
+
+    def news(self) -> list[str]:
+        """Troubles since the last call."""
+        fresh, self.num_told = self.troubles[self.num_told :], len(self.troubles)
+        return fresh
 
     def add(self, found: Differences, what: str) -> None:
         self.num_lost += found.num_lost
