@@ -48,7 +48,7 @@ bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--l
 	@$(BIN)/outrider bench $(ARGS)
 
 bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
-	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 400 --json bench/results/simulated.json
+	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 500 --json bench/results/simulated.json
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
 
