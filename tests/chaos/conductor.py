@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from tests.chaos.faults import Fault, Kind, Role
+from tests.chaos.faults import CUTS, Fault, Kind, Role
 from tests.chaos.fleet import Fleet
 from tests.chaos.injection import inject
 from tests.chaos.load import Load
@@ -64,7 +64,10 @@ class Conductor:
             await asyncio.sleep(_SAMPLE_S)
 
     async def _do(self, fault: Fault, part: Part, instance_id: str) -> None:
-        ways = part.proxies if fault.everywhere else [self.choose.choice(part.proxies)]
+        ways = part.proxies
+        if fault.kind in CUTS and fault.role is Role.REDIS and not fault.everywhere:
+            index, way = self.choose.choice([*enumerate(part.proxies)])
+            ways, instance_id = [way], (await self.fleet.ask(self.fleet.of(Role.COORDINATOR)[index])).instance_id
         is_outage = fault.role is Role.REDIS and fault.kind is not Kind.DELAY
         holders = await self.watch.holders(self.load.session_ids)
         hit = [

@@ -42,7 +42,7 @@ CUTS = (Kind.DELAY, Kind.DROP, Kind.RESET)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault. `everywhere`: of a cut, whether all ways to the part are cut, or one of them."""
+    """One fault. `everywhere`: of a cut of Redis, whether every coordinator is cut off from it, or one of them."""
 
     role: Role
     kind: Kind
