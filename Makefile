@@ -91,10 +91,10 @@ CHAOS_FAULTS ?= 150
 chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
 	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
 
-chaos-quick: setup ## The same with 14 faults
-	@$(BIN)/python -m tests.chaos --faults 14
+chaos-quick: setup ## The same with 20 faults
+	@$(BIN)/python -m tests.chaos --faults 20
 
-check: lint test fuzz-quick ## What CI runs
+check: lint test fuzz-quick chaos-quick ## What CI runs
 
 check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
 	$(BIN)/python -m deploy.tools.fetch
