@@ -97,14 +97,19 @@ def measure(plan: SessionsPlan, on_phase: Callable[[], None] = lambda: None) -> 
     flags = {COORDINATOR: ("--max-generations", room, "--max-connections", str(plan.num_sessions + 64))}
     spec = simulated(plan.step_ms, plan.token_ms, max_sequences=plan.num_sessions + 24)
     with LoadCluster(spec, flags, num_coordinators=2) as cluster:
-        runs = []
-        for number in range(2 * plan.num_repeats):
-            used = cluster.coordinators[: 1 + number % 2]
-            phase = _Phase(plan, [cluster.address_of(n) for n in used], [cluster.pid_of(n) for n in used])
-            runs.append(asyncio.run(phase.run()))
-            on_phase()
+        runs = asyncio.run(_runs(plan, cluster, on_phase))
         limit = psutil.Process(cluster.pid_of(COORDINATOR)).rlimit(psutil.RLIMIT_NOFILE)[0]
     return SessionsFigures(plan.num_sessions, plan.num_sessions, limit, tuple(runs))
+
+
+async def _runs(plan: SessionsPlan, cluster: LoadCluster, on_phase: Callable[[], None]) -> list[Run]:
+    runs = []
+    for number in range(2 * plan.num_repeats):
+        used = cluster.coordinators[: 1 + number % 2]
+        phase = _Phase(plan, [cluster.address_of(n) for n in used], [cluster.pid_of(n) for n in used])
+        runs.append(await phase.run())
+        on_phase()
+    return runs
 
 
 class _Phase:
