@@ -12,7 +12,7 @@ from bench.load import delay, overload, sessions, slow_clients
 
 
 def test_beyond_its_places_a_coordinator_refuses_at_once_with_a_time_to_retry():
-    plan = overload.OverloadPlan(num_places=3, num_tokens=48, phase_s=1.5, num_repeats=1, step_ms=10.0, token_ms=1.0)
+    plan = overload.OverloadPlan(num_places=3, num_tokens=48, phase_s=1.0, num_repeats=1, step_ms=10.0, token_ms=1.0)
     figures = overload.measure(plan)
     for phase in (figures.at_capacity, figures.overload):
         assert phase.num_finished > 0
@@ -30,7 +30,7 @@ def test_clients_that_do_not_read_are_ended_and_the_others_go_on():
         num_others=4,
         num_tokens=24,
         num_repeats=1,
-        slow_client_s=2.0,
+        slow_client_s=1.0,
         max_unread_tokens=8,
         step_ms=5.0,
         token_ms=0.5,
@@ -43,7 +43,7 @@ def test_clients_that_do_not_read_are_ended_and_the_others_go_on():
 
 
 def test_many_sessions_run_on_one_coordinator_and_on_two():
-    plan = sessions.SessionsPlan(num_sessions=100, num_seconds=1.5, num_repeats=1, step_ms=100.0, token_ms=2.0)
+    plan = sessions.SessionsPlan(num_sessions=60, num_seconds=1.0, num_repeats=1, step_ms=50.0, token_ms=2.0)
     figures = sessions.measure(plan)
     assert [run.num_coordinators for run in figures.runs] == [1, 2]
     for run in figures.runs:
@@ -54,7 +54,7 @@ def test_many_sessions_run_on_one_coordinator_and_on_two():
 
 
 def test_generations_behind_delaying_proxies_are_compared_with_the_plan():
-    plan = delay.DelayPlan(sizes=(2,), lengths=(4,), num_tokens=64, num_repeats=1, step_ms=5.0, token_ms=0.5)
+    plan = delay.DelayPlan(sizes=(2,), lengths=(4,), num_tokens=48, num_repeats=1, step_ms=5.0, token_ms=0.5)
     figures = delay.measure(plan)
     (cell,) = figures.cells
     assert cell.planned_per_s < cell.undelayed_planned_per_s
