@@ -36,8 +36,8 @@ class DelayPlan:
     delay_ms: float = 5.0
     sizes: tuple[int, ...] = (1, 8)
     lengths: tuple[int, ...] = (2, 4, 8)
-    num_tokens: int = 256
-    num_repeats: int = 3
+    num_tokens: int = 160
+    num_repeats: int = 2
     step_ms: float = 40.0
     token_ms: float = 4.0
 
