@@ -40,8 +40,8 @@ class SessionsPlan:
     takes on two cores."""
 
     num_sessions: int = 1000
-    num_seconds: float = 20.0
-    num_repeats: int = 3
+    num_seconds: float = 15.0
+    num_repeats: int = 2
     step_ms: float = 600.0
     token_ms: float = 50.0
 
