@@ -58,6 +58,9 @@ bench-draft-length: setup ## The adaptive draft length against fixed ones, and p
 bench-commit: setup ## Tokens/s with a delay of 6 ms before Redis against those without (bench/results/commit_overlap.json)
 	$(BIN)/python -m bench.commit_overlap --json bench/results/commit_overlap.json $(ARGS)
 
+load: setup ## Overload, clients that do not read, 1,000 sessions, slow networks (bench/results/load.json; ARGS="--parts sessions")
+	$(BIN)/python -m bench.load --json bench/results/load.json $(ARGS)
+
 bench-engine: model ## The engine on this CPU beside transformers and the memory's limit (bench/results/engine.json, engine.png; ARGS=--quick)
 	$(BIN)/python -m bench.engine $(ARGS)
 
@@ -138,4 +141,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart load
