@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
+# The contract as the oldest version has it that may run beside this one; replaced when that version is given up.
+PREDECESSOR := protos/outrider-v1.binpb
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Idle OpenMP threads sleep, as those of the workers: spinning ones take the cores that other processes need.
 export OMP_WAIT_POLICY := PASSIVE
@@ -76,6 +78,7 @@ lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against $(PREDECESSOR)
 
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
 	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
