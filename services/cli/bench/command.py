@@ -42,8 +42,8 @@ from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 @click.command()
 @bench_options
 @draft_pool_option(
-    "Instead of --drafter: measure a pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL; for several side by "
-    "side in one cluster, repeat it."
+    "Instead of --drafter: measure a pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL; for several side "
+    "by side in one cluster, repeat it."
 )
 @address_option(default=None, help="Measure this coordinator instead of starting a cluster.")
 @access_options
