@@ -48,7 +48,7 @@ bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--l
 	@$(BIN)/outrider bench $(ARGS)
 
 bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
-	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 400 --json bench/results/simulated.json
+	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 500 --json bench/results/simulated.json
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
 
@@ -78,7 +78,7 @@ check-distribution: setup ## Chi-square runs of verifier and engine against the 
 	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
 	$(BIN)/python -m tests.distribution.check
 
-check-mutants: setup ## Apply defects that break exactness and show which tests notice
+check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
 	$(BIN)/python -m tests.mutants
 
 fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.json; ARGS="--seconds 600 --seed 1000")
@@ -86,6 +86,13 @@ fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.js
 
 fuzz-quick: setup ## The same for 30 seconds
 	@$(BIN)/python -m tests.fuzz --seconds 30
+
+CHAOS_FAULTS ?= 150
+chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
+	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
+
+chaos-quick: setup ## The same with 14 faults
+	@$(BIN)/python -m tests.chaos --faults 14
 
 check: lint test fuzz-quick ## What CI runs
 
@@ -131,4 +138,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick check-distribution check-mutants check-deploy images images-base check-images chart
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart

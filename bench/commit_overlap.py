@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,57 +24,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.proxy import ProxyThread, round_trip_ms
 from services.cli.bench.machine import environment
 from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.client import GenerateOptions, OutriderClient
 from tests.fakes.redis_process import RedisProcess, running
-from tests.fakes.tcp_proxy import TcpProxy
 
 NUM_DRAFT_TOKENS = 4
 TARGET_MS, DRAFT_MS = 10.0, 8.0
 LEAST_RATIO = 0.95
-_NUM_PINGS = 50
-_STEP_S = 0.25e-3
-
-
-class ProxyThread:
-    """A proxy with an event loop and thread of its own. `set_delay` takes the milliseconds of a round trip."""
-
-    def __init__(self, port: int) -> None:
-        self.proxy = TcpProxy("127.0.0.1", port)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-
-    def __enter__(self) -> ProxyThread:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self.proxy.start(), self._loop).result()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.proxy.aclose(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def round_trip_ms(self) -> float:
-        """Median of a PING's."""
-        with Redis(port=self.proxy.port) as client:
-            return statistics.median(_timed_ping(client) for _ in range(_NUM_PINGS))
-
-    def calibrate(self, delay_ms: float) -> float:
-        """The least seconds each way that make a round trip longer by `delay_ms`: timers add some of their own."""
-        self.proxy.delay_s = 0.0
-        wanted_ms = self.round_trip_ms() + delay_ms
-        self.proxy.delay_s = max(0.0, delay_ms / 2e3 - 2 * _STEP_S)
-        while self.round_trip_ms() < wanted_ms:
-            self.proxy.delay_s += _STEP_S
-        return self.proxy.delay_s
-
-
-def _timed_ping(client: Redis) -> float:
-    started_s = time.perf_counter()
-    client.ping()
-    return (time.perf_counter() - started_s) * 1e3
 
 
 class ProxiedCluster(Cluster):
@@ -112,12 +69,16 @@ def measure(
         simulated_token_ms=DRAFT_MS / NUM_DRAFT_TOKENS,
     )
     rates: dict[float, list[float]] = {0.0: [], delay_ms: []}
-    with ProxyThread(store.port) as through, ProxiedCluster(spec, f"redis://{through.proxy.address}/0") as cluster:
-        one_way_s = {0.0: 0.0, delay_ms: through.calibrate(delay_ms)}
+    with (
+        ProxyThread(store.port) as through,
+        Redis(port=through.proxy.port) as client,
+        ProxiedCluster(spec, f"redis://{through.proxy.address}/0") as cluster,
+    ):
+        one_way_s = {0.0: 0.0, delay_ms: through.calibrate(delay_ms, client.ping)}
         round_trips = []
         for delay_s in one_way_s.values():
             through.proxy.delay_s = delay_s
-            round_trips.append(through.round_trip_ms())
+            round_trips.append(round_trip_ms(client.ping))
         asyncio.run(tokens_per_s(cluster.address, 32))
         for _ in track(range(repeats), "pairs of runs", console=console):
             for delay in rates:

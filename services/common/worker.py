@@ -99,7 +99,8 @@ class WorkerServicer:
 class ItemStream(Generic[Request, Response, Item]):
     """Serves one bidirectional stream: requests become items for the engine, results become responses.
 
-    `decode` gives a request's items and the refusals of malformed ones; `encode` one response for many results.
+    `decode` gives a request's items and the refusals of malformed ones; `encode` one response for up to
+    wire.MAX_ITEMS_A_MESSAGE results, or for none, which is the load alone.
     Ends when the coordinator ends it; whatever the reason, the connection is closed and its sequences are freed.
     """
 
@@ -131,7 +132,8 @@ class ItemStream(Generic[Request, Response, Item]):
             while (results := await outbox.take()) is not None:
                 spans.left(results)
                 _log_refusals(results, spans)
-                yield self._encode(results, worker.engine.load)
+                for start in range(0, max(1, len(results)), wire.MAX_ITEMS_A_MESSAGE):
+                    yield self._encode(results[start : start + wire.MAX_ITEMS_A_MESSAGE], worker.engine.load)
         finally:
             connection.close()
             reader.cancel()

@@ -66,6 +66,7 @@ class Committer:
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._away_since: float | None = None
+        self._stopped = False
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=_MAX_BACKOFF_S),
@@ -75,7 +76,8 @@ class Committer:
         self._task = asyncio.create_task(self._run())
 
     async def aclose(self) -> None:
-        """Stops; what still waits is given up: its records stay as they are."""
+        """Stops; what still waits is given up, and so is whatever comes later: the records stay as they are."""
+        self._stopped = True
         if self._task is not None:
             await end_tasks(self._task)
 
@@ -90,7 +92,10 @@ class Committer:
         return journal is not None and not journal.is_complete
 
     def ask(self, journal: Journal) -> None:
-        """Has what `journal` holds written, soon."""
+        """Has what `journal` holds written, soon; after `aclose` it is refused at once."""
+        if self._stopped:
+            journal.answered(_stopped())
+            return
         self._asking[journal] = None
         if self.away:
             self._let_go(journal)
@@ -113,9 +118,8 @@ class Committer:
                 self._answer(outcomes)
         finally:
             self._stop_ticking()
-            stopped = Unavailable("STORE_UNAVAILABLE", "the coordinator stopped before the commit was stored")
             for journal in [*self._under_way, *self._asking]:
-                journal.answered(stopped)
+                journal.answered(_stopped())
 
     def _answer(self, outcomes: Sequence[OutriderError | RecordLost | None]) -> None:
         answered, self._under_way = self._under_way, []
@@ -166,3 +170,7 @@ class Committer:
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("STORE_UNAVAILABLE", "the coordinator stopped before the commit was stored")

@@ -82,6 +82,7 @@ class CoordinatorServicer:
                     yield pb.GenerateResponse()
             finally:
                 await end_tasks(opening)
+                opening.cancelled() or opening.exception()  # known now, also to a client that has left
             stream = opening.result()
             count_tokens(len(stream.started.prompt_token_ids))
             yield pb.GenerateResponse(started=_encode_started(stream.started))

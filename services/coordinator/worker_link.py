@@ -353,7 +353,8 @@ def _message_groups(items: list[ItemT]) -> Iterator[list[ItemT]]:
     num_tokens = 0
     for item in items:
         size = len(item.prefix) if isinstance(item, Open) else 0
-        if size and group and num_tokens + size > MAX_PREFIX_TOKENS_A_MESSAGE:
+        too_long = size and num_tokens + size > MAX_PREFIX_TOKENS_A_MESSAGE
+        if group and (too_long or len(group) == wire.MAX_ITEMS_A_MESSAGE):
             yield group
             group, num_tokens = [], 0
         group.append(item)

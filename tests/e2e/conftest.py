@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,13 +22,6 @@ QUICK = ClusterSpec(
 COMMAND = (sys.executable, "-P", "-m", "services.cli.main")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Short, unlike pytest's own: sockets lie below it, whose paths have at most 107 characters."""
-    with tempfile.TemporaryDirectory(prefix="outrider-test-") as directory:
-        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

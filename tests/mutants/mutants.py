@@ -1,4 +1,4 @@
-"""Defects that break exactness, each as changes of the source and the tests that must notice.
+"""Defects that break exactness or lose tokens, each as changes of the source and the tests that must notice.
 
 Owns: the list. Must not know: how a mutant is applied and judged.
 """
@@ -130,5 +130,31 @@ MUTANTS = (
             "::test_every_token_comes_with_the_row_that_the_draft_would_have_sampled_it_from",
             f"{_ENGINE}[staged-penalties-rejection]",
         ),
+    ),
+    # The chaos test notices these two as well: `python -m tests.chaos --mutant NAME`.
+    Mutant(
+        "emit before persist",
+        (
+            Edit(
+                "services/coordinator/journal.py",
+                "        self._unreleased.append((len(self._copy), release))\n",
+                "        release()\n",
+            ),
+        ),
+        (
+            "tests/unit/coordinator/test_committer.py::test_tokens_go_out_in_order_and_only_when_stored",
+            "tests/integration/coordinator/test_store_outage.py::test_no_token_goes_out_before_its_acknowledgement",
+        ),
+    ),
+    Mutant(
+        "compare-and-set without the epoch",
+        (
+            Edit(
+                "services/common/session_scripts.py",
+                "if stored[2] ~= ARGV[1] or stored[3] ~= ARGV[2] then",
+                "if stored[2] ~= ARGV[1] then",
+            ),
+        ),
+        ("tests/integration/common/test_session_store.py::test_the_same_owner_with_an_older_epoch_is_refused",),
     ),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 from redis import Redis
 
 from services.common import redis_client
@@ -45,6 +46,24 @@ async def check_refusal(url: str) -> None:
         with pytest.raises(Unavailable) as caught:
             await store.acquire(FIRST)
         assert caught.value.reason == "STORE_UNAVAILABLE"
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_connection_lost_between_two_writes_is_unavailable_and_the_next_write_has_another(
+    tmp_path: Path, run: Callable[[Coroutine[None, None, None]], None]
+) -> None:
+    async def write() -> None:
+        async with connected(server.url) as store:
+            commit = Commit(SESSION, await store.acquire(FIRST), 3, (7,), b"\1")
+            assert await store.write_all([commit]) == [None]
+            [connection] = store.redis.connection_pool._available_connections
+            connection._writer.transport.abort()
+            with pytest.raises(Unavailable):
+                await store.write_all([commit])
+            assert await store.write_all([commit]) == [None]
+
+    with running(tmp_path) as server:
+        run(write())
 
 
 async def test_a_password(tmp_path: Path) -> None:

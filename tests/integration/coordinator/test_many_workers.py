@@ -286,7 +286,8 @@ async def test_targets_join_and_leave_as_the_endpoint_slices_say(
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
         async with start_target(SLOW) as old, start_target(SLOW) as new:
             api.apply(slice_of("old", old))
-            async with start_many([SLOW], [], targets="kubernetes://ns/targets:grpc") as cluster:
+            source = "kubernetes://ns/targets:grpc"
+            async with start_many([SLOW], [], targets=source, insecure=True) as cluster:
                 running = asyncio.create_task(cluster.generate(**fields(prompt="a", max_tokens=600)))
                 assert await one_holds([old])
                 api.apply(slice_of("new", new))

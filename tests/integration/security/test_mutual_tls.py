@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 from outrider.v1 import target_pb2, target_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.client import Access, GenerateOptions, OutriderClient, RetryPolicy
@@ -87,25 +87,51 @@ async def test_plaintext_gets_no_connection(worker: RunningWorker) -> None:
             await describe(chan)
 
 
-@pytest.mark.parametrize("name", ["draft", "target", "client", "coordinator.evil", "xcoordinator"])
+STRANGERS = ["draft", "target", "client", "coordinator.evil", "xcoordinator"]
+
+
+def num_handled(worker: RunningWorker) -> int:
+    """Calls that have reached a method of the worker's, however they ended."""
+    calls = next(metric for metric in worker.registry.collect() if metric.name == "outrider_requests")
+    return int(sum(sample.value for sample in calls.samples))
+
+
+async def reason_of(call: Awaitable[object]) -> str:
+    """The reason with which a call was refused; empty if it was answered."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error_from_rpc(error).reason
+    return ""
+
+
+@pytest.mark.parametrize("name", STRANGERS)
 async def test_a_valid_certificate_of_another_role_may_call_nothing_of_a_worker(
     worker: RunningWorker, peers: Peers, name: str
 ) -> None:
     async with channel(worker.port, peers.named(name)) as chan:
-        stream = target_pb2_grpc.TargetServiceStub(chan).TargetStream(iter([target_pb2.TargetStreamRequest()]))
-        look = reflection_pb2.ServerReflectionRequest(list_services="")
-        calls = (
-            describe(chan),
-            stream.read(),
-            health_pb2_grpc.HealthStub(chan).Check(health_pb2.HealthCheckRequest()),
-            reflection_pb2_grpc.ServerReflectionStub(chan).ServerReflectionInfo(iter([look])).read(),
-        )
-        for call in calls:
-            with pytest.raises((PermissionDenied, grpc.aio.AioRpcError)) as caught:
-                await call
-            error = caught.value
-            error = error_from_rpc(error) if isinstance(error, grpc.aio.AioRpcError) else error
-            assert (type(error), error.reason) == (PermissionDenied, "WRONG_PEER")
+        stub = worker_pb2_grpc.WorkerServiceStub(chan)
+        assert await reason_of(stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=5)) == "WRONG_PEER"
+        health = health_pb2_grpc.HealthStub(chan)
+        assert await reason_of(health.Check(health_pb2.HealthCheckRequest(), timeout=5)) == "WRONG_PEER"
+        stream = target_pb2_grpc.TargetServiceStub(chan).TargetStream(timeout=5)
+        assert await reason_of(stream.read()) == "WRONG_PEER"
+        reflection = reflection_pb2_grpc.ServerReflectionStub(chan).ServerReflectionInfo(timeout=5)
+        assert await reason_of(reflection.read()) == "WRONG_PEER"
+    assert num_handled(worker) == 0
+
+
+async def test_what_a_stranger_writes_to_a_stream_is_never_answered(worker: RunningWorker, peers: Peers) -> None:
+    """Writing while the refusal is on its way, gRPC's client may end the call with an INTERNAL of its own instead."""
+    async with channel(worker.port, peers.named("draft")) as chan:
+        stub = target_pb2_grpc.TargetServiceStub(chan)
+        for _ in range(20):
+            requests = iter([target_pb2.TargetStreamRequest()] * 3)
+            assert await reason_of(stub.TargetStream(requests, timeout=5).read()) in ("WRONG_PEER", "INTERNAL")
+    async with channel(worker.port, peers.named("coordinator")) as chan:
+        assert num_handled(worker) == 0
+        assert (await describe(chan)).instance_id
+        assert num_handled(worker) == 1
 
 
 async def test_an_address_or_a_common_name_is_no_name(worker: RunningWorker, peers: Peers) -> None:

@@ -26,7 +26,11 @@ from services.common.items import (
     Tokens,
     Verify,
 )
+from services.common.rpc import MAX_WORKER_MESSAGE_BYTES
 from services.common.values import (
+    MAX_DRAFT_ROW_LEN,
+    MAX_DRAFT_TOKENS,
+    MAX_TOP_LOG_PROBS,
     ModelInfo,
     Proposal,
     SamplingParams,
@@ -184,6 +188,33 @@ def test_features_of_a_message_are_bounded_and_whoever_is_last_goes_without(size
     items, _ = wire_draft.decode_items(request, assembler())
     assert [bool(item.features) for item in items] == kept
     assert request.ByteSize() < 4 << 20
+
+
+def test_as_many_of_the_largest_items_and_results_as_a_message_takes_stay_below_the_cap() -> None:
+    identity = Identity("00000000-0000-0000-0000-000000000000", 2**63, 2**31, 2**31, 2**31)
+    row = SparseRow((2**31,) * MAX_DRAFT_ROW_LEN, (0.5,) * MAX_DRAFT_ROW_LEN)
+    proposal = Proposal(2**31, (2**31,) * MAX_DRAFT_TOKENS, (row,) * MAX_DRAFT_TOKENS)
+    top = TopLogProbs((2**31,) * MAX_TOP_LOG_PROBS, (0.5,) * MAX_TOP_LOG_PROBS)
+    features, num_rows = bytes(2 * 8192), MAX_DRAFT_TOKENS + 1
+    tokens = Tokens(
+        identity,
+        (2**31,) * num_rows,
+        MAX_DRAFT_TOKENS,
+        MAX_DRAFT_TOKENS,
+        True,
+        (0.5,) * num_rows,
+        (top,) * num_rows,
+        timings=Timings(2**60, 2**60, 2**60),
+        features=features,
+    )
+    num, load = wire.MAX_ITEMS_A_MESSAGE, WorkerLoad()
+    for message in (
+        wire_target.encode_items([Verify(identity, proposal)] * num),
+        wire_target.encode_results([tokens] * num, load),
+        wire_draft.encode_results([Proposed(identity, proposal, Timings(2**60, 2**60, 2**60))] * num, load),
+        wire_draft.encode_items([Propose(identity, (1,) * num_rows, 16, 2**31, features=features)] * num),
+    ):
+        assert message.ByteSize() < MAX_WORKER_MESSAGE_BYTES
 
 
 def test_a_refusal_keeps_its_code_reason_and_retry_hint() -> None:

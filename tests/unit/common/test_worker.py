@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import Aborted, Internal
+from services.common.items import Identity, Tokens
 from services.common.values import WorkerInfo, WorkerLoad
+from services.common.wire import MAX_ITEMS_A_MESSAGE
 from services.common.worker import ItemStream, Worker, WorkerState
 
 
@@ -53,3 +55,34 @@ async def test_a_stream_whose_requests_cannot_be_read_ends_at_once_and_frees_wha
             async for _ in stream.serve(requests()):
                 pass
     assert engine.num_closed == 1
+
+
+class BusyEngine(IdleEngine):
+    """Answers all at once, before it is asked."""
+
+    def __init__(self, num_results: int) -> None:
+        super().__init__()
+        self._num_results = num_results
+
+    def connect(self, deliver: Callable[[list[Any]], None]) -> BusyEngine:
+        deliver([Tokens(Identity("s", 1, 1, 0, i), (i,), 0, 0, False) for i in range(self._num_results)])
+        return self
+
+
+@pytest.mark.parametrize("num_results", [0, 1, MAX_ITEMS_A_MESSAGE, 3 * MAX_ITEMS_A_MESSAGE + 1])
+async def test_what_has_gathered_goes_out_in_order_in_messages_of_bounded_size(num_results: int) -> None:
+    state = WorkerState()
+    state.set_ready(Worker(BusyEngine(num_results), WorkerInfo("i", "target", None, "", 16, 8, 100)))
+
+    async def asked() -> AsyncIterator[str]:
+        return
+        yield
+
+    def encode(results: list[Any], load: WorkerLoad) -> list[Any]:
+        return results
+
+    stream = ItemStream[str, list[Any], Any](state, lambda request, opens: ([], []), encode)
+    messages = [message async for message in stream.serve(asked())]
+    assert [result.token_ids[0] for message in messages for result in message] == [*range(num_results)]
+    assert all(len(message) <= MAX_ITEMS_A_MESSAGE for message in messages)
+    assert len(messages) == max(1, -(-num_results // MAX_ITEMS_A_MESSAGE))  # an empty one brings the load

@@ -225,6 +225,41 @@ async def test_stopping_settles_what_still_waits(store: FakeStore) -> None:
     assert isinstance(journal.failure, Unavailable)
 
 
+async def test_what_comes_after_the_stop_fails_at_once_and_is_never_released(store: FakeStore) -> None:
+    committer = Committer(store, outage_after_s=NEVER_S)
+    committer.start()
+    noting, adding, released = new_journal(committer, "a"), new_journal(committer, "b"), list[int]()
+    await committer.aclose()
+    noting.note({"running": "0"})
+    append(adding, 1, released)
+    for journal in (noting, adding):
+        async with asyncio.timeout(1):
+            await journal.settle()
+        assert isinstance(journal.failure, Unavailable)
+        assert "stopped" in journal.failure.message
+        with pytest.raises(Unavailable):
+            append(journal, 2, released)
+    assert (released, store.batches) == ([], [])
+
+
+async def test_nothing_goes_out_after_a_failure_whatever_comes_then(store: FakeStore, committer: Committer) -> None:
+    journal, released = new_journal(committer), list[int]()
+    append(journal, 1, released)
+    append(journal, 2, released)
+    await spin()  # the first write is under way
+    failure = Unavailable("STORE_UNAVAILABLE", "away")
+    journal.give_up(failure)
+    store.may_answer.set()
+    await journal.settle()
+    journal.let_go()
+    assert (released, journal.durable_len) == ([], 12)  # stored, for who resumes; never sent
+    with pytest.raises(Unavailable):
+        append(journal, 3, released)
+    journal.give_up(Unavailable("STORE_UNAVAILABLE", "again"))
+    assert journal.failure is failure
+    assert released == []
+
+
 async def test_a_defect_fails_the_writes_and_not_the_committer(
     store: FakeStore, committer: Committer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
