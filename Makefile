@@ -57,6 +57,9 @@ bench-simulated: setup ## Speed-up against the formula, overhead a round, plain 
 bench-draft-length: setup ## The adaptive draft length against fixed ones, and plan's predictions, on simulated workers (draft_length.json, .png)
 	$(BIN)/python -m bench.draft_length $(ARGS)
 
+bench-draft-losses: setup ## A draft's loss, depth and width in equal time, from self-play (ARGS="--self-play my-draft/self-play")
+	$(BIN)/python -m bench.draft_losses $(ARGS)
+
 bench-commit: setup ## Tokens/s with a delay of 6 ms before Redis against those without (bench/results/commit_overlap.json)
 	$(BIN)/python -m bench.commit_overlap --json bench/results/commit_overlap.json $(ARGS)
 
@@ -144,4 +147,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart load

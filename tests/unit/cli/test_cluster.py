@@ -23,9 +23,10 @@ from services.cli.cluster import (
     target_flags,
     worker_names,
 )
+from services.cli.draft_pool_option import DraftPool
 from services.cli.failure import CommandFailed
 from services.cli.options import cluster_options
-from services.cli.up import DraftPool, up
+from services.cli.up import up
 from services.cli.vocabulary import differ
 from services.common.config import load
 from services.coordinator.config import CoordinatorConfig
