@@ -106,4 +106,4 @@ def test_requests_with_prompts_are_served_as_by_the_services(
     )
     assert planned.tokens_per_s == pytest.approx(actual.tokens_per_s, rel=0.05)
     assert planned.tpot_ms == pytest.approx(actual.tpot_ms, rel=0.05)
-    assert planned.ttft_ms == pytest.approx(actual.ttft_ms, rel=0.1)  # chunks of prompts are a step more or less
+    assert planned.ttft_ms == pytest.approx(actual.ttft_ms, rel=0.1, abs=times.step_ms / 3)
