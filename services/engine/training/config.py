@@ -47,8 +47,8 @@ class TrainingConfig:
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
     start: str = setting(
         "",
-        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's; its output vocabulary "
-        "stays.",
+        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's; its output "
+        "vocabulary stays.",
     )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")
