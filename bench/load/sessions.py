@@ -39,7 +39,7 @@ _NEVER_ENDING = 30_000
 @dataclass(frozen=True, slots=True)
 class SessionsPlan:
     """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second, with what the burst of all sessions
-    takes on two cores. Nearly all of it is the target's: its steps take all sessions, however they are spread in time."""
+    takes on two cores. Nearly all is the target's, whose steps take all sessions however they are spread in time."""
 
     num_sessions: int = 1000
     num_seconds: float = 15.0
