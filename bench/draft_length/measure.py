@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from services.cli.bench.machine import cpu_time_ms
 from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
-from services.cli.plan.simulation import Setting, Times, simulate
+from services.cli.plan.setting import Setting, Times
+from services.cli.plan.simulation import simulate
 from services.client import GenerateOptions, OutriderClient, Statistics
 
 LENGTHS = (0, 1, 2, 4, 6, 8, 12)

@@ -24,7 +24,8 @@ from bench.draft_length.measure import Runner, Taken, alphas_of
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
 from bench.load.goals import Goal
 from bench.proxy import ProxyThread, round_trip_ms
-from services.cli.plan.simulation import Setting, Times, simulate
+from services.cli.plan.setting import Setting, Times
+from services.cli.plan.simulation import simulate
 
 MAX_ERROR = 0.05
 WORKERS = ("target", "draft")

@@ -8,40 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import time
-from typing import Any
 
 import click
 
 from services.cli.cluster import Cluster, ClusterSpec, PoolSpec
+from services.cli.draft_pool_option import draft_pool_option, with_draft
 from services.cli.failure import CommandFailed
 from services.cli.options import NUM_DRAFT_TOKENS, cluster_options, json_option
 from services.cli.terminal import Stages, notices, results
-from services.common.drafters import parse_chain
-from services.common.errors import ConfigError
 
 _WATCH_S = 0.2
 _PORT = click.IntRange(0, 65_535)
-
-
-class DraftPool(click.ParamType[PoolSpec]):
-    """NAME=DRAFTER[:MODEL]."""
-
-    name = "pool"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PoolSpec:
-        if isinstance(value, PoolSpec):
-            return value
-        name, has_name, rest = str(value).partition("=")
-        drafter, _, model = rest.partition(":")
-        if not has_name or not re.fullmatch(r"[\w.-]+", name):
-            self.fail(f"{value!r} is no pool such as fast=suffix or big=model:DIRECTORY", param, ctx)
-        try:
-            parse_chain(drafter)
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
-        return PoolSpec(name, drafter, model)
 
 
 @click.command()
@@ -53,13 +31,9 @@ class DraftPool(click.ParamType[PoolSpec]):
 @click.option(
     "--target-port", type=_PORT, default=50053, show_default=True, help="Of the first one; 0 takes a free one."
 )
-@click.option(
-    "--draft-pool",
-    "named_pools",
-    type=DraftPool(),
-    multiple=True,
-    help="A pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL, in place of --drafter; for several, repeat "
-    "it. Requests may name one (`outrider generate --draft NAME`), the others are spread over them.",
+@draft_pool_option(
+    "A pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL, in place of --drafter; for several, repeat it. "
+    "Requests may name one (`outrider generate --draft NAME`), the others are spread over them."
 )
 @click.option(
     "--num-draft-tokens",
@@ -78,17 +52,16 @@ def up(
 ) -> None:
     """Start coordinator, draft, target and a bundled Redis-compatible server here, on loopback, and keep them running.
 
-    Without options: the sample model (downloaded once) in float32 on CPU, with the n-gram drafter. Ctrl-C or SIGTERM
+    Without options: the sample model (downloaded once) in float32 on CPU, drafted for by a
+    suffix tree and the sample draft. Ctrl-C or SIGTERM
     stops everything. With --json one line with the addresses is printed once all are ready.
     """
-    if len({pool.name for pool in named_pools}) < len(named_pools):
-        raise click.UsageError("--draft-pool: two pools have the same name")
     spec = dataclasses.replace(
         spec,
         coordinator_port=coordinator_port,
         draft_port=draft_port,
         target_port=target_port,
-        named_pools=tuple(pool._replace(draft=pool.draft or spec.draft) for pool in named_pools),
+        named_pools=with_draft(named_pools, spec.draft),
         num_draft_tokens=num_draft_tokens,
     )
     console = notices()

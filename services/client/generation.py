@@ -38,10 +38,13 @@ _Call = grpc.aio.UnaryStreamCall[coordinator_pb2.GenerateRequest, coordinator_pb
 
 
 def is_resumable(error: BaseException) -> bool:
-    """Whether another stream may go on where this error ended one."""
+    """Whether another stream may go on where this error ended one. A full or a busy server says so if it is to be asked
+    again."""
     if isinstance(error, ResourceExhausted):
         crowded = error.reason == _CROWDED and _TOO_LARGE not in error.message
         return crowded or error.retry_after_ms is not None
+    if isinstance(error, Aborted) and error.reason == "SESSION_BUSY":
+        return error.retry_after_ms is not None
     return isinstance(error, Unavailable) or (isinstance(error, Internal) and error.reason in _TRANSPORT_REASONS)
 
 

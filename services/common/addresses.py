@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from services.common.errors import ConfigError
 
+_PROTECTED = ("rediss", "rediss+sentinel", "unix")
+
 
 def is_loopback(host: str) -> bool:
     """Whether what is sent to or accepted at `host` stays on this machine. A name other than localhost may not."""
@@ -42,4 +44,4 @@ def is_protected_url(url: str) -> bool:
         raise ConfigError("redis_url: not a URL of the form redis://, rediss:// or unix://") from None
     hosts = parts.netloc.rpartition("@")[2].split(",")  # Sentinels may be several
     local = all(is_loopback(host_of(host)) for host in hosts if host)
-    return parts.scheme.startswith(("rediss", "unix")) or local
+    return parts.scheme in _PROTECTED or local

@@ -9,7 +9,7 @@ from services.common.errors import ConfigError
 
 LOOKUPS = ("ngram", "suffix")
 """Copy from earlier tokens; need no weights."""
-MODELS = ("model", "features", "staged")
+MODELS = ("model", "features", "mtp", "staged")
 """Run a language model."""
 DRAFTERS = (*LOOKUPS, *MODELS, "simulated")
 DRAFTER_HELP = f"{', '.join(DRAFTERS)}; or a chain as suffix,model: lookups, then one that proposes where none matches"

@@ -69,6 +69,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         stop_token_ids=_stop_token_ids(message, limits),
         verification=wire.method_from_proto(message.verification),
         num_draft_tokens=_num_draft_tokens(message, limits),
+        default_num_draft_tokens=limits.default_num_draft_tokens,
         draft=_draft(message.draft, limits),
         log_probs=message.log_probs,
         num_top_log_probs=_within("num_top_log_probs", message.num_top_log_probs, 0, MAX_TOP_LOG_PROBS),
@@ -194,7 +195,7 @@ def _draft(name: str, limits: Limits) -> str:
 
 def _num_draft_tokens(message: coordinator_pb2.GenerateRequest, limits: Limits) -> int | None:
     if not message.HasField("num_draft_tokens"):
-        return limits.default_num_draft_tokens
+        return None
     return _within("num_draft_tokens", message.num_draft_tokens, 0, limits.max_draft_tokens)
 
 

@@ -23,10 +23,12 @@ each that changed nothing, up to MAX_BACKOFF times.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from services.common.items import Proposed, Tokens
 from services.common.values import MAX_DRAFT_TOKENS
@@ -104,6 +106,22 @@ class Choice:
     """A round's time over that of a token decoded alone."""
 
 
+class _Column(NamedTuple):
+    """All sequences' probabilities for one position, in order, and the sums of the least ones."""
+
+    values: list[float]
+    sums: list[float]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Self:
+        return cls(values, list(itertools.accumulate(values, initial=0.0)))
+
+    def above(self, price: float) -> tuple[int, float]:
+        """How many are higher, and their sum."""
+        first = bisect.bisect_right(self.values, price)
+        return len(self.values) - first, self.sums[-1] - self.sums[first]
+
+
 def best_choice(
     survivals: list[list[float]],
     cost: RoundCost,
@@ -121,17 +139,18 @@ def best_choice(
     scale = num_sequences / len(survivals)
     plain_ns = cost.plain_ns(num_sequences)
     best_rate, best = margin * num_sequences / plain_ns, Choice(0)
+    columns = [_Column.of(sorted(column)) for column in itertools.islice(zip(*survivals, strict=True), max_depth)]
     for _ in range(NUM_PASSES):
         rate = best_rate
         for num_groups in range(1, min(num_sequences, MAX_GROUPS) + 1):
             price = rate * cost.target.row_ns / num_groups * fill
             num_tokens, num_rows = float(num_sequences), float(num_sequences)
-            for depth in range(1, max_depth + 1):
-                worthy = [s[depth - 1] for s in survivals if s[depth - 1] > price]
-                if not worthy:
+            for depth, column in enumerate(columns, start=1):
+                num_worthy, survival = column.above(price)
+                if not num_worthy:
                     break
-                num_tokens += scale * sum(worthy)
-                num_rows += scale * fill * len(worthy)
+                num_tokens += scale * survival
+                num_rows += scale * fill * num_worthy
                 round_ns = cost.round_ns(num_sequences, num_rows, depth)
                 if num_tokens / round_ns > best_rate:
                     best_rate = num_tokens / round_ns

@@ -261,7 +261,8 @@ class Generation:
         return self._length.choose(limit) if self._draft.ready else 0
 
     def _interrupt_for_draft(self) -> None:
-        if self._num_draft_tokens:
+        """Not before the first token, which it would only delay: behind that the decoding asks by itself."""
+        if len(self._tokens) > self._plan.prompt_len and self._num_draft_tokens:
             self._target.interrupt()
 
     def _trim(self, result: Tokens) -> Trimmed:

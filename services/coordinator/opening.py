@@ -214,7 +214,7 @@ def _wish(
         model=request.model,
         token_ids=token_ids,
         max_len=prompt_len + request.max_tokens,
-        num_draft_tokens=request.num_draft_tokens,
+        num_draft_tokens=request.wanted_num_draft_tokens,
         draft=request.draft,
         session_id=request.session_id,
         target_instance_id=target.instance_id if target else "",
@@ -252,7 +252,7 @@ def _plan(
         log_probs=request.log_probs,
         num_top_log_probs=request.num_top_log_probs,
         vocab_size=placed.model.vocab_size,
-        adaptive=request.num_draft_tokens is None,
+        adaptive=request.wanted_num_draft_tokens is None,
         features=placed.draft is not None and placed.draft.wants_features,
         fork=fork,
         cache_salt=cache_salt(request.owner_key),
@@ -322,9 +322,10 @@ def _handles(placed: Placed) -> dict[str, str]:
 
 
 def _num_draft_tokens(request: GenerationRequest, placed: Placed) -> int:
-    """As asked, at most what target and draft take."""
+    """As wanted, at most what target and draft take."""
+    wanted = request.wanted_num_draft_tokens
     limits = [placed.target.max_draft_tokens] + ([placed.draft.max_draft_tokens] if placed.draft else [])
-    return min(limits) if request.num_draft_tokens is None else min(request.num_draft_tokens, *limits)
+    return min(limits) if wanted is None else min(wanted, *limits)
 
 
 def _copy(token_ids: tuple[int, ...], origins: bytes, log_probs: bytes, fields: Mapping[str, str]) -> RecordCopy:

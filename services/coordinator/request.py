@@ -69,7 +69,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...]
     verification: VerificationMethod
     num_draft_tokens: int | None
-    """None: as many as pay, up to the server's limit."""
+    """None: the client leaves it to the coordinator."""
     draft: str
     """Name of the draft pool; empty leaves it to the pools' weights."""
     log_probs: bool
@@ -80,15 +80,23 @@ class GenerationRequest:
     fork: Fork | None = None
     owner_key: str = ANONYMOUS
     """Whose sessions these are; others see none of them."""
+    default_num_draft_tokens: int | None = None
+    """The coordinator's own choice, no part of what is asked. None: as many as pay, up to the server's limit."""
+
+    @property
+    def wanted_num_draft_tokens(self) -> int | None:
+        """None: as many as pay."""
+        return self.default_num_draft_tokens if self.num_draft_tokens is None else self.num_draft_tokens
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what must be equal when a request_id comes again: all but ids, resume point and owner."""
+        """SHA-256 over what must be equal when a request_id comes again, here or at a coordinator that is configured
+        otherwise: all that the client asked but ids, resume point and owner."""
         return hashlib.sha256(f"{self.input!r}\n{self.parameters()}".encode()).hexdigest()
 
     def parameters(self) -> str:
         """The parameters as JSON, for the session's record. The prompt is not among them."""
-        left_out = ("session_id", "request_id", "input", "resume", "owner_key")
+        left_out = ("session_id", "request_id", "input", "resume", "owner_key", "default_num_draft_tokens")
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         values: dict[str, object] = {name: getattr(self, name) for name in names}
         values |= {"sampling": dataclasses.asdict(self.sampling), "verification": self.verification.value}

@@ -68,11 +68,19 @@ class TargetTimes:
         self._sizes: dict[int, _Size] = {}
         self._num_observed = 0
         self._base_ns = self._row_ns = 0.0
+        self._newest = (0, 0)
         self._stale = False
+        self._version = 0
 
     @property
     def known(self) -> bool:
         return bool(self._sizes)
+
+    @property
+    def version(self) -> int:
+        """Grows with every new fit."""
+        self._fit()
+        return self._version
 
     @property
     def row_ns(self) -> float:
@@ -90,13 +98,15 @@ class TargetTimes:
         size.rows.observe(num_rows, TIME_WEIGHT)
         size.time_ns.observe_time(step_ns, TIME_WEIGHT)
         size.last = self._num_observed
-        self._stale = True
+        if self._newest != (num_rows, step_ns):  # else all sequences of one step tell of it, which is fitted once
+            self._newest, self._stale = (num_rows, step_ns), True
 
     def _fit(self) -> None:
         """Weighted least squares over the sizes."""
         if not self._stale:
             return
         self._stale = False
+        self._version += 1
         points = [(self._weight(s), s.rows.value, s.time_ns.value) for s in self._sizes.values()]
         total = sum(w for w, _, _ in points)
         mean_rows = sum(w * rows for w, rows, _ in points) / total
@@ -118,6 +128,8 @@ class RoundCost:
         self.target = TargetTimes()
         self._token = Mean()
         self._rests: tuple[dict[int, float], dict[int, float]] = ({}, {})
+        self._modelled: tuple[tuple[float, ...], float] = ((), 0.0)
+        """The round that was last asked for, and its time without a rest: all sequences ask for the same one."""
 
     @property
     def known(self) -> bool:
@@ -146,8 +158,10 @@ class RoundCost:
 
     def observe_round(self, num_sequences: int, num_rows: float, num_draft_tokens: int, wall_ns: int) -> None:
         """A round of one of them, where all did as these numbers say."""
-        model_ns = self._round_ns(num_sequences, num_rows, num_draft_tokens)
-        self._observe_rest(True, num_sequences, model_ns, wall_ns)
+        key = (num_sequences, num_rows, num_draft_tokens, self.target.version)
+        if self._modelled[0] != key:
+            self._modelled = key, self._round_ns(num_sequences, num_rows, num_draft_tokens)
+        self._observe_rest(True, num_sequences, self._modelled[1], wall_ns)
 
     def doubt(self, num_sequences: int) -> None:
         """Expects rounds to take a little less than they did: while nobody drafts, that may have changed."""

@@ -67,8 +67,8 @@ class DraftConfig(WorkerConfig):
             raise ConfigError(f"target_tokenizer: only the drafter model can translate, not {self.drafter}")
         if self.tensor_parallel_size > 1 and chain[-1] != "model":
             raise ConfigError(f"tensor_parallel_size: the drafter {self.drafter} has no model to cut into shards")
-        if self.min_draft_prob and (chain[-1] not in ("model", "features") or self.target_tokenizer):
-            raise ConfigError("min_draft_prob: it goes with the drafters model and features, in the target's own ids")
+        if self.min_draft_prob and (chain[-1] not in ("model", "features", "mtp") or self.target_tokenizer):
+            raise ConfigError("min_draft_prob: only for model, features and mtp, in the target's own ids")
         limits = {
             "min_draft_prob": (0, 1),
             "chain_min_match": (1, 15),

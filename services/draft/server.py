@@ -36,6 +36,7 @@ from services.engine.drafters.base import Drafter
 from services.engine.drafters.fallback import FallbackDrafter
 from services.engine.drafters.features import FEATURES, FeatureDrafter
 from services.engine.drafters.model import ModelDrafter
+from services.engine.drafters.mtp import MTP, MtpDrafter
 from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.output_memory import NODE_BYTES, OutputMemory
 from services.engine.drafters.simulated import simulated_drafter
@@ -103,7 +104,7 @@ def build(config: DraftConfig) -> BuiltWorker:
         max_draft_tokens=config.max_draft_tokens,
         max_sequences=config.max_sequences,
         max_sequence_len=max_sequence_len,
-        wants_features=FEATURES in config.chain,
+        wants_features=bool({FEATURES, MTP} & set(config.chain)),
     )
     engine = EngineThread(core, "draft engine", config.max_queued_items, failure)
     device = config.device
@@ -137,6 +138,8 @@ def _single(config: DraftConfig, name: str, failure: Failure, min_match: int = 1
             return _staged_drafter(config, failure)
         case "features":
             return _feature_drafter(config, failure)
+        case "mtp":
+            return _mtp_drafter(config)
     return _model_drafter(config, failure)
 
 
@@ -191,6 +194,14 @@ def _feature_drafter(config: DraftConfig, failure: Failure) -> _Drafter:
     blocks = BlockManager(engine.num_blocks, engine.block_size, model_key(engine.info))
     drafter = FeatureDrafter(model, blocks, prefill_budget=config.prefill_budget)
     return _Drafter(drafter, min(engine.max_sequence_len, engine.num_blocks * engine.block_size), engine.close)
+
+
+def _mtp_drafter(config: DraftConfig) -> _Drafter:
+    from services.engine.composition import mtp_heads_of
+    from services.engine.sampler import Sampler
+
+    model = mtp_heads_of(config, config.draft_target, Sampler(config.min_draft_prob))
+    return _Drafter(MtpDrafter(model), MAX_LOOKUP_LEN)
 
 
 def _staged_drafter(config: DraftConfig, failure: Failure) -> _Drafter:

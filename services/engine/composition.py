@@ -5,10 +5,13 @@ Owns: which setting goes where. Must not know: draft and target, the wire.
 
 from __future__ import annotations
 
+import torch
+
 from services.common.config import cache_dir
 from services.common.failure import Failure
 from services.common.worker_config import WorkerConfig
-from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
+from services.engine.mtp_draft import MtpDraftModel, MtpOptions, load_mtp
+from services.engine.paged_model import EngineOptions, LogitsSampler, PagedEngine, load_engine
 from services.engine.prepare import resolve_model, resolve_tokenizer
 from services.engine.progress import Reporter
 from services.engine.vocabulary import load_vocabulary
@@ -37,6 +40,16 @@ def engine_of(config: WorkerConfig, failure: Failure, draft_target: str = "") ->
         max_rows=config.max_draft_tokens + 1,
     )
     return load_engine(options, Reporter(), failure)
+
+
+def mtp_heads_of(config: WorkerConfig, draft_target: str, sampler: LogitsSampler) -> MtpDraftModel:
+    """Loads the configured heads. Raises as load_mtp does."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    options = MtpOptions(
+        config.model, cache_dir(), draft_target, name=config.model_name, dtype=config.dtype, device=config.device
+    )
+    return load_mtp(options, sampler, Reporter())
 
 
 def vocabulary_pair_of(model: str, target_tokenizer: str, min_overlap: float) -> VocabularyPair | None:

@@ -23,10 +23,10 @@ def join(embedded: Tensor, features: Tensor, projection: Tensor) -> Tensor:
 
     Features are brought to unit scale, since hidden states of some targets are large.
     """
-    return embedded + torch.nn.functional.linear(_to_scale(features), projection)
+    return embedded + torch.nn.functional.linear(to_scale(features), projection)
 
 
-def _to_scale(features: Tensor) -> Tensor:
+def to_scale(features: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(features, (features.shape[-1],), eps=1e-6)
 
 
@@ -61,5 +61,5 @@ class FeatureInput(torch.nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self.lookup(token_ids)
         rows = self.rows[: token_ids.shape[-1]]
-        projected = self.projection(_to_scale(rows))
+        projected = self.projection(to_scale(rows))
         return embedded + torch.nn.functional.pad(projected, (0, 0, 0, token_ids.shape[-1] - len(rows)))

@@ -31,7 +31,7 @@ of many is reckoned to come after gap + 2 deviations, which is d.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.engine.step_times import StepTimes
 
@@ -65,18 +65,32 @@ class Rhythm:
     gap_ns: float = 0.0
     """0: never seen to come back."""
     deviation_ns: float = 0.0
+    usual_ns: float = field(init=False, default=0.0)
+    """When it is back in all but rare cases; it is away."""
+    due_ns: float = field(init=False, default=0.0)
+    """When it is back at the latest, if it is as always; 0 if it is not away or was never seen to come back."""
+
+    def __post_init__(self) -> None:
+        self._foresee()
 
     def leave(self, now_ns: int, num_rows: int, num_tokens: int) -> None:
         """It was answered, and is expected to come back."""
         self.num_tokens += (TOKENS_WEIGHT if self.num_rows else 1.0) * (num_tokens - self.num_tokens)
         self.num_rows = num_rows
         self.left_ns = now_ns
+        self._foresee()
+
+    def _foresee(self) -> None:
+        """Once, since many ask while it is away."""
+        if self.left_ns is not None:
+            self.usual_ns = self.left_ns + self.gap_ns + 2 * self.deviation_ns
+            self.due_ns = self.left_ns + self.reach_ns if self.gap_ns else 0.0
 
     def come_back(self, now_ns: int) -> None:
         """It asks again."""
         if self.left_ns is None:
             return
-        gap_ns, self.left_ns = max(1, now_ns - self.left_ns), None
+        gap_ns, self.left_ns, self.due_ns = max(1, now_ns - self.left_ns), None, 0.0
         if not self.gap_ns:
             self.gap_ns, self.deviation_ns = float(gap_ns), gap_ns / 2
             return
@@ -88,16 +102,6 @@ class Rhythm:
     def reach_ns(self) -> float:
         """It is rarely away longer than this; beyond it is overdue."""
         return self.gap_ns + max(4 * self.deviation_ns, MIN_SLACK * self.gap_ns, MIN_SLACK_NS)
-
-    @property
-    def usual_ns(self) -> float:
-        """When it is back in all but rare cases; it is away."""
-        return (self.left_ns or 0) + self.gap_ns + 2 * self.deviation_ns
-
-    @property
-    def due_ns(self) -> float:
-        """When it is back at the latest, if it is as always; 0 if it is not away or was never seen to come back."""
-        return self.left_ns + self.reach_ns if self.left_ns is not None and self.gap_ns else 0.0
 
     def is_expected(self, now_ns: int) -> bool:
         """Whether it is away, and not for so long that it has probably stopped."""

@@ -13,8 +13,10 @@ A step takes, oldest first,
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
 may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends.
 The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
-more rows, which must not make them longer still. Sequences that came together start together: where all rows are of
-sequences with less than NUM_YOUNG_TOKENS tokens, prompts that fit into one step whole may use the largest budget.
+more rows, which must not make them longer still. Before any step of rows alone was seen there is no measure: the rows
+go alone once, since under load that never pauses they would otherwise never do so. Sequences that came together start
+together: where all rows are of sequences with less than NUM_YOUNG_TOKENS tokens, prompts that fit into one step whole
+may use the largest budget.
 
 A sequence without blocks, new or preempted, first takes its longest cached prefix, at the moment of its first chunk.
 Where rows find no room, the newest sequence outside the step is preempted: its blocks go, and it is computed again
@@ -124,6 +126,8 @@ class Scheduler:
         eager = [d for d in demands if not d.awaited and d.num_tokens_to_cache > 0]
 
         works = self._plan_rows(demands)
+        if works and not self.times.knows_rows:
+            return works
         all_have_room = len(works) == len(rows)
         budget = self.prefill_budget(sum(work.num_rows for work in works) or num_expected_rows)
         is_young = not num_expected_rows and all(demand.sequence.num_generated < NUM_YOUNG_TOKENS for demand in rows)

@@ -43,6 +43,11 @@ class StepTimes:
         return max(0.0, self._mean_ns + row_ns * (num_rows - self._mean_rows))
 
     @property
+    def knows_rows(self) -> bool:
+        """Whether a step without prefill was seen."""
+        return self._weight > 0
+
+    @property
     def mean_ns(self) -> float:
         """The steps without prefill, averaged."""
         return self._mean_ns

@@ -9,6 +9,7 @@ Owns: the form of such a directory and how it becomes a transformers model. Must
         head_ids           int32 [R]          the tokens that it can propose, as ids of the target
         feature_projection [width, hidden]    kind features: to a token's embedding is added the target's final hidden
                                               state before it x the transpose (services.engine.feature_input)
+        mtp_down, mtp_up   [heads, ...]       kind mtp: in place of layers (services.engine.mtp_heads)
 
 Of the target are read, and only from its file, the embedding and the head (one tensor where they are tied), and for the
 kind early_exit the layers too, which then are not shipped. The projections are multiplied in once. Logits are as wide
@@ -37,6 +38,7 @@ from services.engine.feature_input import FeatureInput
 SECTION = "outrider_draft"
 EARLY_EXIT = "early_exit"
 FEATURES = "features"
+MTP = "mtp"
 NEVER = 25.0
 """More than Gumbel noise can make up for (noise.gumbel spans 26.0, and the least is no likely token)."""
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -55,7 +57,7 @@ class Manifest:
     """Width of the target's logits."""
     kind: str = "model"
     """`model`: with layers of its own. `early_exit`: the target's layers as they are, a trained norm and projection.
-    `features`: as `model`, fed with the target's features."""
+    `features`: as `model`, fed with the target's features. `mtp`: heads on these, without layers."""
     layers: tuple[int, ...] = ()
     """Of the target: those that it began as, or is."""
     version: int = 1
@@ -159,6 +161,8 @@ def load_trained_draft(directory: Path, config: Any, target: Path, dtype: torch.
     manifest = read_manifest(config)
     if manifest is None:
         raise ModelUnsupported(f"{directory.name} is no trained draft")
+    if manifest.kind == MTP:
+        raise ModelUnsupported(f"{directory.name} holds heads for the drafter mtp, and no model")
     ends = read_ends(target)
     if ends.digest != manifest.embedding_digest:
         raise ModelUnsupported(

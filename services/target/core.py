@@ -137,7 +137,7 @@ class TargetCore:
         if not (away := self._away):
             return 0.0
         now_ns = self._clock()
-        return self._hold.hold_ns(now_ns, self._ready(self._num_expected_rows(now_ns)), away) / 1e9
+        return self._hold.hold_ns(now_ns, self._ready(now_ns), away) / 1e9
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -207,10 +207,13 @@ class TargetCore:
         grown = (slot for slot in self._table.slots if slot.sequence.num_generated >= NUM_YOUNG_TOKENS)
         return sum(slot.rhythm.num_rows for slot in grown if slot.rhythm.is_expected(now_ns))
 
-    def _ready(self, num_expected_rows: int) -> Ready:
-        """What the next step would hold."""
+    def _ready(self, now_ns: int) -> Ready:
+        """What the next step would hold. Asked again whenever somebody comes back, so it is quick about who is away."""
         ready, num_prefill_tokens = Ready(), 0
         for slot in self._table.slots:
+            if slot.pending is None:
+                num_prefill_tokens += max(0, slot.sequence.num_uncached_tokens - 1)
+                continue
             demand = slot.demand
             if not demand.is_row:
                 num_prefill_tokens += max(0, demand.num_tokens_to_cache)
@@ -220,7 +223,9 @@ class TargetCore:
                 ready.num_sequences += 1
                 ready.num_rows += 1 + len(demand.proposal.token_ids)
                 ready.num_tokens += slot.rhythm.num_tokens
-        budget = self._scheduler.prefill_budget(ready.num_rows + ready.num_plain or num_expected_rows)
+        if not num_prefill_tokens:
+            return ready
+        budget = self._scheduler.prefill_budget(ready.num_rows + ready.num_plain or self._num_expected_rows(now_ns))
         ready.prefill_ns = min(num_prefill_tokens, budget) * (self._scheduler.times.prefill_token_ns or 0.0)
         return ready
 

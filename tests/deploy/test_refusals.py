@@ -41,9 +41,14 @@ REFUSED: list[tuple[str, Values, Values]] = [
         {"redis": {"enabled": False, "external": {"url": "rediss://r:6379", "existingSecret": "r"}}},
     ),
     (
-        "redis.external.url: redis:// sends sessions in plaintext",
+        "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext",
         GPU,
         {"redis": {"enabled": False, "external": {"url": "redis://r:6379"}}},
+    ),
+    (
+        "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext",
+        GPU,
+        {"redis": {"enabled": False, "external": {"url": "redis+sentinel://r:26379/main"}}},
     ),
     ("name a Secret in tls.existingSecrets.coordinator", PAIR, {}),
     (

@@ -158,6 +158,23 @@ def test_bench_sweeps_into_one_report_and_page(tmp_path):
     assert page.read_text().count("<svg") >= 7
 
 
+def test_bench_compares_draft_pools_of_one_cluster(tmp_path):
+    file, page = tmp_path / "report.json", tmp_path / "report.html"
+    arguments = ("--simulated", "--simulated-step-ms", "2", "--simulated-token-ms", "0.1", "--max-tokens", "24")
+    pools = ("--draft-pool", "good=simulated", "--draft-pool", "copy=ngram", "--num-draft-tokens", "3")
+    done = run_alone(tmp_path, "bench", *arguments, *pools, "--limit", "2", "--json", str(file), "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    good, copy = json.loads(file.read_text())["cases"]
+    assert (good["case"]["draft"], copy["case"]["draft"]) == ("good", "copy")
+    assert good["mean_acceptance_length"] > 1.5
+    assert good["num_accepted_tokens"] > copy["num_accepted_tokens"]  # tokens of a simulated target hardly repeat
+    for entry in (good, copy):
+        assert entry["speculative"]["tokens_per_s"] > 0
+        assert entry["num_identical_outputs"] == 2
+    assert "good=simulated" in done.stdout
+    assert "copy=ngram" in page.read_text()
+
+
 def test_bench_writes_its_report_though_a_peer_fails(tmp_path):
     """A padded embedding: Outrider takes it for the same vocabulary, transformers' assisted generation does not."""
     target, draft = save_model(tmp_path / "target"), save_model(tmp_path / "draft", vocab_size=328)

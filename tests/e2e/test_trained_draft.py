@@ -44,3 +44,19 @@ def test_a_draft_is_trained_and_served_and_leaves_the_output_as_it_was(tmp_path:
         speculative = json.loads(outrider(*ask, "--num-draft-tokens", "5").stdout)
     assert speculative["text"] == plain["text"]
     assert speculative["statistics"]["num_accepted_tokens"] > 0
+
+
+def test_heads_are_trained_and_served_over_the_targets_features(tmp_path: Path) -> None:
+    target = save_model(tmp_path / "target", vocab_size=300, peakedness=5.0)
+    out = tmp_path / "heads"
+    options = [part for name, value in TRAINING.items() for part in (f"--{name}", str(value))]
+    done = outrider("train-draft", "--target", str(target), "--out", str(out), "--kind", "mtp", *options)
+    assert done.returncode == 0, done.stderr
+
+    with Cluster(ClusterSpec(target=str(target), drafter="mtp", draft=str(out))) as cluster:
+        ask = ("generate", "tell me", "--max-tokens", "60", "--json", "--address", cluster.address)
+        for sampling in ((), ("--temperature", "0.8", "--seed", "7")):
+            plain = json.loads(outrider(*ask, *sampling, "--num-draft-tokens", "0").stdout)
+            speculative = json.loads(outrider(*ask, *sampling, "--num-draft-tokens", "5").stdout)
+            assert speculative["text"] == plain["text"]
+            assert speculative["statistics"]["num_accepted_tokens"] > 0

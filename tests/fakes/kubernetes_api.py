@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ class KubernetesApi:
     oldest: int = 0
     """Watches from before this are gone."""
     gone_as_event: bool = False
+    token: str = TOKEN
+    """The only one that is taken."""
     refuse: int = 0
     """A status that every request is answered with."""
     lists: int = 0
@@ -89,12 +92,14 @@ class KubernetesApi:
         self.changed.notify_all()
 
     @contextmanager
-    def serving(self) -> Iterator[KubernetesApi]:
+    def serving(self, tls: ssl.SSLContext | None = None) -> Iterator[KubernetesApi]:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": _POLL_S})
         thread.start()
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
         try:
             yield self
         finally:
@@ -117,7 +122,7 @@ def _handler(api: KubernetesApi) -> type[http.server.BaseHTTPRequestHandler]:
             parts = url.path.split("/")
             if parts[:5] != ["", "apis", "discovery.k8s.io", "v1", "namespaces"] or parts[6:] != ["endpointslices"]:
                 self._status(404, "NotFound")
-            elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            elif self.headers.get("Authorization", "").partition(" ")[2] != api.token:
                 self._status(401, "Unauthorized")
             elif api.refuse:
                 self._status(api.refuse, "Forbidden")

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from services.common.errors import OutriderError
 from services.common.service import wait_until
@@ -26,7 +26,7 @@ from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
 from services.coordinator.tokenizer import SimulatedTokenizer
-from services.coordinator.trim import EndRules, Trimmer
+from services.coordinator.trim import EndRules, Trimmed, Trimmer
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink, _key
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
@@ -48,6 +48,7 @@ class Times:
     row_ms: float = 0.0
     token_ms: float = 2.0
     acceptance: float = 0.7
+    prefill_token_ms: float = 0.0
     delay_ms: float = 0.2
     """One way, between coordinator and workers."""
     overhead_ms: float = 0.5
@@ -132,6 +133,14 @@ class VirtualLink(WorkerLink[Any, Any]):
                 lane.deliver(result)
 
 
+class Served(NamedTuple):
+    """What requests got. Means; `tpot_ms` counts from a request's first token."""
+
+    tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float
+
+
 class SlowStore:
     """Acknowledges all commits after a while."""
 
@@ -152,6 +161,18 @@ class Unhurried(ProposeDeadline):
 
 class Counted(Generation):
     """A generation that tells how far it is."""
+
+    began_s = first_s = last_s = 0.0
+    """When it was started, and when its first and last tokens went out."""
+
+    def start(self) -> asyncio.Task[None]:
+        self.began_s = asyncio.get_running_loop().time()
+        return super().start()
+
+    def _emit(self, kept: Trimmed) -> None:
+        self.last_s = asyncio.get_running_loop().time()
+        self.first_s = self.first_s or self.last_s
+        super()._emit(kept)
 
     @property
     def num_tokens(self) -> int:
@@ -184,7 +205,11 @@ class VirtualCluster:
         clocks = Clock(), Clock()
         blocks = BlockManager(8192, 16), BlockManager(8192, 16)
         target = SimulatedTarget(
-            blocks[0], step_ms=times.step_ms, row_ms=times.row_ms, pace=Pace(clocks[0].seconds, clocks[0].sleep)
+            blocks[0],
+            step_ms=times.step_ms,
+            row_ms=times.row_ms,
+            prefill_token_ms=times.prefill_token_ms,
+            pace=Pace(clocks[0].seconds, clocks[0].sleep),
         )
         drafter = simulated_drafter(
             blocks[1],
@@ -209,9 +234,9 @@ class VirtualCluster:
         info = WorkerInfo(codec.role, codec.role, simulated_info(), "simulated", 16, 256, MAX_LEN)
         return VirtualLink(core, codec, info, clock, delay_s)
 
-    def generation(self, number: int, num_tokens: int, num_draft_tokens: int | None) -> Counted:
+    def generation(self, number: int, num_tokens: int, num_draft_tokens: int | None, prompt_len: int = 3) -> Counted:
         """`num_draft_tokens` None: adaptive."""
-        prompt = [number % 95 + 32, number // 95 + 32, 33]
+        prompt = [number % 95 + 32, number // 95 + 32, *[33] * (prompt_len - 2)]
         plan = GenerationPlan(
             session_id=f"s{number}",
             lease_epoch=1,
@@ -265,6 +290,46 @@ class VirtualCluster:
         await self._committer.aclose()
         return rate
 
+    async def serve(
+        self, num_places: int, num_draft_tokens: int, *, prompt_len: int, output_len: int, num_requests: int
+    ) -> Served:
+        """`num_places` send one request after the other, the first ones shorter, each by another length.
+
+        Measured while the requests behind the first `num_places` that end, up to `num_requests` a place.
+        """
+        self._committer.start()
+        loop = asyncio.get_running_loop()
+        ended: list[Counted] = []
+        all_begun: list[Counted] = []
+
+        async def place(index: int) -> None:
+            num_tokens = max(1, round((index + 1) / num_places * output_len))
+            while True:
+                generation = self.generation(len(all_begun), num_tokens, num_draft_tokens, prompt_len)
+                all_begun.append(generation)
+                await generation.start()
+                ended.append(generation)
+                num_tokens = output_len
+
+        places = [asyncio.create_task(place(index)) for index in range(num_places)]
+        await wait_until(lambda: len(ended) >= num_places, FOREVER_S)
+        before, started_s = self._num_tokens(all_begun), loop.time()
+        await wait_until(lambda: len(ended) >= num_requests * num_places, FOREVER_S)
+        took_s, num_tokens = loop.time() - started_s, self._num_tokens(all_begun) - before
+        self.alphas = _alphas([generation.statistics for generation in all_begun])
+        for task in places:
+            task.cancel()
+        for generation in all_begun:
+            await generation.stop(None)
+        await self._committer.aclose()
+        firsts = [g.first_s - g.began_s for g in all_begun if g.first_s >= started_s]
+        whole = [g for g in ended[num_places:] if g.num_tokens > 1]
+        return Served(
+            num_tokens / took_s,
+            1e3 * sum(firsts) / len(firsts),
+            1e3 * sum(g.last_s - g.first_s for g in whole) / sum(g.num_tokens - 1 for g in whole),
+        )
+
     @staticmethod
     def _num_tokens(generations: list[Counted]) -> int:
         return sum(generation.num_tokens for generation in generations)
@@ -286,5 +351,28 @@ def tokens_per_s(
         rate = await cluster.generate(num_sequences, num_draft_tokens, skipped=skipped, measured=measured)
         on_end(cluster)
         return rate
+
+    return run(main(), VirtualTimeLoop())
+
+
+def served(
+    times: Times,
+    num_places: int,
+    num_draft_tokens: int,
+    *,
+    prompt_len: int,
+    output_len: int,
+    num_requests: int,
+    on_end: Callable[[VirtualCluster], None] = lambda cluster: None,
+) -> Served:
+    """Of one run in virtual time."""
+
+    async def main() -> Served:
+        cluster = VirtualCluster(times)
+        found = await cluster.serve(
+            num_places, num_draft_tokens, prompt_len=prompt_len, output_len=output_len, num_requests=num_requests
+        )
+        on_end(cluster)
+        return found
 
     return run(main(), VirtualTimeLoop())

@@ -27,7 +27,8 @@ from services.cli.bench.report import FormulaTerms, build_report
 from services.cli.bench.sample import Mode, Sample
 from services.cli.bench.show import print_document
 from services.cli.bench.sweep import Case, CaseOutcome, Sweep, Where, run_cases
-from services.cli.cluster import SIMULATED, ClusterSpec
+from services.cli.cluster import SIMULATED, ClusterSpec, PoolSpec
+from services.cli.draft_pool_option import draft_pool_option, with_draft
 from services.cli.failure import CommandFailed, describe
 from services.cli.options import access_options, address_option, cluster_options
 from services.cli.prompts import Conversation, load_prompts, spread
@@ -40,6 +41,10 @@ from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
 @click.command()
 @bench_options
+@draft_pool_option(
+    "Instead of --drafter: measure a pool of drafts by name, as NAME=DRAFTER or NAME=DRAFTER:MODEL; for several side "
+    "by side in one cluster, repeat it."
+)
 @address_option(default=None, help="Measure this coordinator instead of starting a cluster.")
 @access_options
 @cluster_options
@@ -54,6 +59,7 @@ def bench(
     address: str | None,
     access: Access,
     spec: ClusterSpec,
+    named_pools: tuple[PoolSpec, ...],
     output: Output,
 ) -> None:
     """Measure throughput, latency and acceptance over a prompt file, with and without speculation.
@@ -66,6 +72,7 @@ def bench(
     \b
     outrider bench --limit 13 --max-tokens 64 --html report.html
     outrider bench --sweep-draft-tokens 1,2,4,8 --sweep-sampling greedy,coupled,rejection --json report.json
+    outrider bench --draft-pool copy=suffix --draft-pool big=model:DIRECTORY --json report.json
     outrider bench --peers transformers,prompt-lookup
     outrider bench --check-distribution --verification rejection --address host:50051
 
@@ -78,6 +85,8 @@ def bench(
         _refuse_what_is_ignored(plan, sweep, peers, output)
     if overhead and address is not None:
         raise click.UsageError("--overhead starts a cluster of its own: no --address, no OUTRIDER_ADDRESS")
+    _refuse_pools_beside(named_pools, sweep, address, overhead=overhead)
+    spec = dataclasses.replace(spec, named_pools=with_draft(named_pools, spec.draft))
     where = Where(address, spec, access if address is not None else Access())
     output.check()
     conversations = spread(load_prompts(prompts), limit)
@@ -91,6 +100,15 @@ def bench(
             _bench_prompts(where, plan, sweep, peers, conversations, configuration, output)
     except OutriderError as error:
         raise CommandFailed(describe(error, address)) from None
+
+
+def _refuse_pools_beside(
+    named_pools: tuple[PoolSpec, ...], sweep: Sweep, address: str | None, *, overhead: bool
+) -> None:
+    given = {"--sweep-drafters": bool(sweep.drafters), "--address": address is not None, "--overhead": overhead}
+    refused = [option for option, is_given in given.items() if is_given]
+    if named_pools and refused:
+        raise click.UsageError(f"--draft-pool says which drafts a cluster is started with: no {', '.join(refused)}")
 
 
 def _refuse_what_is_ignored(plan: LoadPlan, sweep: Sweep, peers: tuple[str, ...], output: Output) -> None:
@@ -122,7 +140,8 @@ def _bench_prompts(
     check_peers(peers, where.spec.target, _drafters(where, sweep), own_cluster=where.address is None)
     if output.html_file is not None:
         page.check_plots()
-    cases = sweep.cases(where.spec.drafter if where.address is None else "", plan.options)
+    drafter = where.spec.drafter if where.address is None else ""
+    cases = sweep.cases(drafter, plan.options, where.spec.named_pools)
     swept = run_cases(where, cases, conversations, plan, notices())
     reports = tuple(_case_report(where, plan, outcome) for outcome in swept.outcomes)
     peer_reports = _run_peers(where.spec, plan, peers, reports[0]) if peers else ()
@@ -157,10 +176,15 @@ def _run_peers(spec: ClusterSpec, plan: LoadPlan, peers: tuple[str, ...], first:
     options = dataclasses.replace(first.case.options(plan.options), seed=plan.seed)
     num_draft_tokens = options.num_draft_tokens or DEFAULT_NUM_DRAFT_TOKENS
     try:
-        task = peers_task(peers, spec, options, num_draft_tokens, samples)
+        task = peers_task(peers, _with_assistant(spec), options, num_draft_tokens, samples)
     except CommandFailed as failed:
         return failed_peers(peers, str(failed))
     return run_peers(task, samples, notices())
+
+
+def _with_assistant(spec: ClusterSpec) -> ClusterSpec:
+    """Its draft is the first pool's with the drafter that assisted generation has too."""
+    return dataclasses.replace(spec, draft=next((p.draft for p in spec.pools if p.drafter == "model"), spec.draft))
 
 
 def _write(document: Document, output: Output) -> None:
@@ -218,14 +242,16 @@ def _bench_overhead(plan: LoadPlan, conversation: Conversation, output: Output) 
 
 
 def _drafters(where: Where, sweep: Sweep) -> tuple[str, ...]:
-    return sweep.drafters or (where.spec.drafter,)
+    return sweep.drafters or tuple(pool.drafter for pool in where.spec.pools)
 
 
 def _configuration(where: Where, plan: LoadPlan, sweep: Sweep, prompts: Path, num_prompts: int) -> dict[str, str]:
     """What all cases share, in words."""
     spec = where.spec
     model = {"target": Path(spec.target).name, "dtype": spec.dtype, "device": spec.device}
-    if any(needs_model(parse_chain(drafter)) for drafter in _drafters(where, sweep)):
+    if spec.named_pools:
+        model["draft pools"] = ", ".join(_pool_in_words(pool) for pool in spec.named_pools)
+    elif any(needs_model(parse_chain(drafter)) for drafter in _drafters(where, sweep)):
         model["draft"] = Path(spec.draft).name
     arrivals = f"{plan.concurrency} at a time" if plan.rate is None else f"{plan.rate:g} a second, Poisson"
     return {
@@ -236,6 +262,11 @@ def _configuration(where: Where, plan: LoadPlan, sweep: Sweep, prompts: Path, nu
         "conversations": arrivals,
         "seed": str(plan.seed),
     }
+
+
+def _pool_in_words(pool: PoolSpec) -> str:
+    model = f":{Path(pool.draft).name}" if needs_model(parse_chain(pool.drafter)) else ""
+    return f"{pool.name}={pool.drafter}{model}"
 
 
 def _write_json(output: Output, fields: dict[str, object]) -> None:

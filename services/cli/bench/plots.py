@@ -79,8 +79,8 @@ def _plot(title: str, draw: Callable[[Axes], None]) -> Plot:
 def _lines(cases: Sequence[CaseReport]) -> list[tuple[str, list[CaseReport]]]:
     """Cases that differ in their draft length alone, in its order; those with a length and with drafts."""
     measured = [entry for entry in cases if entry.case.num_draft_tokens and entry.report.acceptance.num_drafts]
-    measured.sort(key=lambda e: (e.case.drafter, e.case.sampling, e.case.num_draft_tokens or 0))
-    grouped = groupby(measured, key=lambda e: f"{e.case.drafter} {e.case.sampling}".strip())
+    measured.sort(key=lambda e: (e.case.who, e.case.sampling, e.case.num_draft_tokens or 0))
+    grouped = groupby(measured, key=lambda e: f"{e.case.who} {e.case.sampling}".strip())
     return [(name, list(group)) for name, group in grouped]
 
 

@@ -1,6 +1,7 @@
-"""Cases: the combinations of drafter, draft length and sampling that one run of `outrider bench` measures.
+"""Cases: the combinations of drafter or draft pool, draft length and sampling that one run of `outrider bench` has.
 
-Owns: which there are, and running them, one cluster a drafter. Must not know: what the samples come to.
+Owns: which there are, and running them, one cluster a drafter, or one for all draft pools. Must not know: what the
+samples come to.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from services.cli.bench.load import LoadPlan
 from services.cli.bench.run import RunOutcome, run_load
-from services.cli.cluster import Cluster, ClusterSpec
+from services.cli.cluster import Cluster, ClusterSpec, PoolSpec
 from services.cli.failure import CommandFailed
 from services.cli.prompts import Conversation
 from services.cli.terminal import Stages
@@ -30,12 +31,26 @@ SAMPLINGS = (GREEDY, *(method.value for method in VerificationMethod))
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`drafter` is empty where it is that of a running cluster; without `num_draft_tokens` it is the server's."""
+    """`drafter` is empty where it is that of a running cluster; without `num_draft_tokens` it is the server's.
+
+    `draft` names the pool that its requests ask for, where there are pools by name.
+    """
 
     drafter: str
     num_draft_tokens: int | None
     temperature: float
     verification: VerificationMethod
+    draft: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """Cases in which it is equal share a cluster."""
+        return "the draft pools" if self.draft else self.drafter
+
+    @property
+    def who(self) -> str:
+        """Who drafts."""
+        return f"{self.draft}={self.drafter}" if self.draft else self.drafter
 
     @property
     def sampling(self) -> str:
@@ -45,7 +60,7 @@ class Case:
     @property
     def label(self) -> str:
         length = "" if self.num_draft_tokens is None else f" K={self.num_draft_tokens}"
-        return f"{self.drafter or 'drafter'}{length}, {self.sampling}"
+        return f"{self.who or 'drafter'}{length}, {self.sampling}"
 
     def options(self, base: GenerateOptions) -> GenerateOptions:
         return dataclasses.replace(
@@ -53,6 +68,7 @@ class Case:
             num_draft_tokens=self.num_draft_tokens,
             temperature=self.temperature,
             verification=self.verification,
+            draft=self.draft,
         )
 
 
@@ -63,13 +79,17 @@ class Sweep(NamedTuple):
     drafters: tuple[str, ...] = ()
     samplings: tuple[str, ...] = ()
 
-    def cases(self, drafter: str, options: GenerateOptions) -> tuple[Case, ...]:
-        """All combinations, in the order given. Samplings but greedy have the options' temperature, or 1 if it is 0."""
+    def cases(self, drafter: str, options: GenerateOptions, named_pools: Sequence[PoolSpec] = ()) -> tuple[Case, ...]:
+        """All combinations, in the order given; `named_pools` stand in the place of drafters.
+
+        Samplings but greedy have the options' temperature, or 1 if it is 0.
+        """
         lengths = self.draft_tokens or (options.num_draft_tokens,)
         samplings = [_sampling(name, options) for name in self.samplings]
         samplings = samplings or [(options.temperature, options.verification)]
-        combined = itertools.product(self.drafters or (drafter,), samplings, lengths)
-        return tuple(Case(name, length, *sampling) for name, sampling, length in combined)
+        who = [(pool.drafter, pool.name) for pool in named_pools] or [(d, "") for d in self.drafters or (drafter,)]
+        combined = itertools.product(who, samplings, lengths)
+        return tuple(Case(drafter, length, *sampling, draft) for (drafter, draft), sampling, length in combined)
 
 
 def _sampling(name: str, options: GenerateOptions) -> tuple[float, VerificationMethod]:
@@ -123,17 +143,18 @@ def run_cases(
     """
     outcomes: list[CaseOutcome] = []
     failures: dict[str, CommandFailed] = {}
-    for drafter, group in itertools.groupby(cases, key=lambda case: case.drafter):
+    for name, group in itertools.groupby(cases, key=lambda case: case.cluster):
+        of_it = tuple(group)
         try:
-            with where.running(console, drafter) as (address, pid):
-                for case in group:
+            with where.running(console, of_it[0].drafter) as (address, pid):
+                for case in of_it:
                     case_plan = dataclasses.replace(plan, options=case.options(plan.options))
                     title = f"case {len(outcomes) + 1} of {len(cases)}: {case.label}" if len(cases) > 1 else "measuring"
                     run = run_load(address, conversations, case_plan, console, pid, title=title, access=where.access)
                     outcomes.append(CaseOutcome(case, asyncio.run(run)))
         except CommandFailed as failed:
-            failures[f"{drafter}: {failed}"] = failed
-            console.print(f"not measured: {drafter}: {failed}\n{failed.detail}".rstrip(), markup=False)
+            failures[f"{name}: {failed}"] = failed
+            console.print(f"not measured: {name}: {failed}\n{failed.detail}".rstrip(), markup=False)
     if not outcomes:
         raise next(iter(failures.values()))
     return Swept(tuple(outcomes), tuple(failures))

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from services.cli.plan.simulation import Outcome, Setting, Times, simulate
+from services.cli.plan.setting import Outcome, Request, Setting, Times
+from services.cli.plan.simulation import simulate
 from services.common.values import MAX_DRAFT_TOKENS
 
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, MAX_DRAFT_TOKENS)
@@ -18,6 +19,8 @@ MAX_TARGETS_A_DRAFT = 8
 MIN_ROUNDS = 40
 MIN_SAMPLES = 800
 """Rounds of all sequences together: so many make the mean of what is accepted steady."""
+MIN_REQUESTS_EACH, MIN_REQUESTS = 2, 12
+"""Requests of each place, and of all together."""
 LOSS = 0.02
 """What the rate may lose by sharing drafts."""
 
@@ -36,10 +39,18 @@ class Load:
     """What is asked of the service. `utilisation`: the share of what the targets could do that it may take."""
 
     tokens_per_s: float
+    request: Request | None = None
+    """Each of them; without one, sequences never end."""
     max_sequences: int = 64
     """At once, on a target."""
     max_tpot_ms: float | None = None
+    max_ttft_ms: float | None = None
     utilisation: float = 0.8
+
+    def allows(self, outcome: Outcome) -> bool:
+        """Whether its mean times are short enough."""
+        is_fast = self.max_tpot_ms is None or outcome.tpot_ms <= self.max_tpot_ms
+        return is_fast and (self.max_ttft_ms is None or (outcome.ttft_ms or 0.0) <= self.max_ttft_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +64,27 @@ class Fleet:
     tpot_ms: float
     tokens_per_s: float
     """Of the whole fleet at that number of sequences."""
+    ttft_ms: float | None = None
 
 
-def sweep(times: Times, num_sequences: int, lengths: Iterable[int] = LENGTHS) -> tuple[Point, ...]:
+def sweep(
+    times: Times, num_sequences: int, lengths: Iterable[int] = LENGTHS, request: Request | None = None
+) -> tuple[Point, ...]:
     """Every draft length, on one target with one draft."""
-    num_rounds = max(MIN_ROUNDS, MIN_SAMPLES // num_sequences)
-    settings = [Setting(num_sequences, k, num_rounds=num_rounds) for k in lengths]
+    settings = [_setting(num_sequences, k, request) for k in lengths]
     return tuple(Point(num_sequences, s.num_draft_tokens, simulate(times, s)) for s in settings)
+
+
+def _setting(num_sequences: int, num_draft_tokens: int, request: Request | None, num_targets: int = 1) -> Setting:
+    """Simulated for so long that the means are steady."""
+    return Setting(
+        num_sequences * num_targets,
+        num_draft_tokens,
+        num_targets,
+        request=request,
+        num_rounds=max(MIN_ROUNDS, MIN_SAMPLES // num_sequences),
+        num_requests=1 + max(MIN_REQUESTS_EACH, -(-MIN_REQUESTS // num_sequences)),
+    )
 
 
 def best(points: Iterable[Point]) -> Point:
@@ -70,20 +95,20 @@ def best(points: Iterable[Point]) -> Point:
 def fleet_for(
     times: Times, load: Load, lengths: Iterable[int] = LENGTHS, on_point: Callable[[], None] = lambda: None
 ) -> Fleet | None:
-    """The fewest targets, then the fewest drafts; None where no target keeps `max_tpot_ms`. `on_point`: a size done."""
+    """The fewest targets, then the fewest drafts; None where no target is fast enough. `on_point`: a size done."""
     lengths = tuple(lengths)
     points = []
     for size in sizes(load.max_sequences):
-        points.append(best(sweep(times, size, lengths)))
+        points.append(best(sweep(times, size, lengths, load.request)))
         on_point()
-    allowed = [p for p in points if load.max_tpot_ms is None or p.outcome.tpot_ms <= load.max_tpot_ms]
+    allowed = [point for point in points if load.allows(point.outcome)]
     if not allowed:
         return None
     most = max(point.outcome.tokens_per_s for point in allowed)
     num_targets = max(1, math.ceil(load.tokens_per_s / (load.utilisation * most)))
     share = load.tokens_per_s / num_targets / load.utilisation
     point = next(p for p in allowed if p.outcome.tokens_per_s >= share * (1 - 1e-9))
-    num_drafts, outcome = _drafts_for(times, point, num_targets, share)
+    num_drafts, outcome = _drafts_for(times, point, num_targets, share, load.request)
     return Fleet(
         num_targets,
         num_drafts,
@@ -91,6 +116,7 @@ def fleet_for(
         point.num_draft_tokens,
         outcome.tpot_ms,
         outcome.tokens_per_s * num_targets,
+        outcome.ttft_ms,
     )
 
 
@@ -102,13 +128,15 @@ def sizes(max_sequences: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _drafts_for(times: Times, point: Point, num_targets: int, share: float) -> tuple[int, Outcome]:
+def _drafts_for(
+    times: Times, point: Point, num_targets: int, share: float, request: Request | None
+) -> tuple[int, Outcome]:
     """How few drafts do, and one target's outcome with them."""
     if not point.num_draft_tokens:
         return 0, point.outcome
     enough = max(share, (1 - LOSS) * point.outcome.tokens_per_s)
     for group in range(min(num_targets, MAX_TARGETS_A_DRAFT), 1, -1):
-        outcome = simulate(times, Setting(group * point.num_sequences, point.num_draft_tokens, num_targets=group))
+        outcome = simulate(times, _setting(point.num_sequences, point.num_draft_tokens, request, group))
         if outcome.tokens_per_s / group >= enough:
             return math.ceil(num_targets / group), _of_one(outcome, group)
     return num_targets, point.outcome

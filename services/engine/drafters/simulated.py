@@ -81,5 +81,6 @@ def simulated_drafter(
     blocks: BlockManager, *, token_ms: float = 0.0, acceptance: float = 0.7, seed: int = 0, pace: Pace | None = None
 ) -> ModelDrafter:
     """The drafter `simulated`: a SimulatedDraft, stepped and batched as a real model is."""
+    pace = pace or Pace()
     draft = SimulatedDraft(blocks, token_ms=token_ms, acceptance=acceptance, seed=seed, pace=pace)
-    return ModelDrafter(draft, blocks, kind=SIMULATED)
+    return ModelDrafter(draft, blocks, kind=SIMULATED, clock=lambda: round(pace.now_s * 1e9))

@@ -12,7 +12,7 @@ from services.common.errors import ConfigError
 from services.common.worker_config import DTYPES
 
 STAGES = ("all", "self-play", "train", "evaluate")
-KINDS = ("model", "early_exit", "features")
+KINDS = ("model", "early_exit", "features", "mtp")
 LOSSES = ("kl", "tv")
 
 
@@ -27,7 +27,8 @@ class TrainingConfig:
     kind: str = setting(
         "model",
         "model: layers of its own. early_exit: the target's, with a norm and projection trained. features: layers of "
-        "its own, fed with the target's final hidden states (drafter features).",
+        "its own, fed with the target's final hidden states (drafter features). mtp: heads on these, a token each, "
+        "without layers (drafter mtp).",
         choices=KINDS,
     )
     device: str = setting("cpu", "`cpu` or `cuda`.")
@@ -45,7 +46,9 @@ class TrainingConfig:
     max_conversation_len: int = setting(1024, "Most tokens of a conversation.")
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
     start: str = setting(
-        "", "Trained draft of the same layers to start from, in place of the target's; its output vocabulary stays."
+        "",
+        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's; its output "
+        "vocabulary stays.",
     )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")
@@ -56,6 +59,7 @@ class TrainingConfig:
     unroll: int = setting(
         3, "Kind features: passes of a training step, each on the features of the one before, as in a proposal."
     )
+    heads: int = setting(4, "Kind mtp: heads, and so the most tokens of a draft.")
     train_tokens: int = setting(40_000_000, "Tokens to train on in all; those of the self-play are used repeatedly.")
     batch_tokens: int = setting(2048, "Tokens of a training step.")
     learning_rate: float = setting(1e-3, "Highest learning rate of AdamW.")
@@ -75,6 +79,7 @@ class TrainingConfig:
             "width": (0, 1 << 16),
             "head_tokens": (16, 1 << 20),
             "unroll": (1, 16),
+            "heads": (1, 16),
             "train_tokens": (1, 1 << 40),
             "batch_tokens": (64, 1 << 20),
             "learning_rate": (1e-7, 1.0),
@@ -88,6 +93,8 @@ class TrainingConfig:
             raise ConfigError("width: an early exit is as wide as its target; leave it out")
         if self.kind == "features" and self.width:
             raise ConfigError("width: a head on features is as wide as its target; leave it out")
+        if self.kind == "mtp" and (self.width or self.start or self.layers != "0"):
+            raise ConfigError("kind: heads have no layers; leave out layers, width and start")
         if self.start and self.kind == "early_exit":
             raise ConfigError("start: an early exit starts from its target; leave it out")
         self.layer_indices  # noqa: B018 - raises where they are malformed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,29 +44,35 @@ class Costs:
         return mean_acceptance_len / (self.verify + num_draft_tokens * self.draft)
 
 
-def measure_costs(target: Runner, draft: Runner, num_draft_tokens: int) -> Costs:
+class Forward(Protocol):
+    """A Runner, or what else computes a draft's logits."""
+
+    def forward(self, works: list[Work]) -> torch.Tensor: ...
+
+
+def measure_costs(target: Runner, draft: Forward, num_draft_tokens: int) -> Costs:
     """Takes turns between the three kinds of step, so that a slow moment of the machine is shared. Needs 20 blocks."""
     times: tuple[list[float], ...] = ([], [], [])
-    kinds = ((target, 0), (target, num_draft_tokens), (draft, 0))
+    kinds: tuple[tuple[Forward, int], ...] = ((target, 0), (target, num_draft_tokens), (draft, 0))
     for _ in range(_NUM_REPEATS + 2):
         for (runner, num_drafted), found in zip(kinds, times, strict=True):
-            found.append(_step_s(runner, num_drafted))
+            found.append(_step_s(runner, num_drafted, target.pool.block_size, target.model.device))
     return Costs(*(float(np.median(found[2:])) * 1e3 for found in times))
 
 
-def _step_s(runner: Runner, num_drafted: int) -> float:
+def _step_s(runner: Forward, num_drafted: int, block_size: int, device: torch.device) -> float:
     num_tokens = _CONTEXT_LEN + 1
     identity = Identity("cost", 0, 0, 0, num_tokens)
     item = Open(identity, (1,) * num_tokens, 1, frozenset(), SamplingParams(), VerificationMethod.COUPLED, 64)
     sequence = Sequence.from_open(item)
     sequence.num_cached = _CONTEXT_LEN
-    sequence.block_table = list(range(-(-(num_tokens + num_drafted) // runner.pool.block_size)))
+    sequence.block_table = list(range(-(-(num_tokens + num_drafted) // block_size)))
     proposal = Proposal(0, (1,) * num_drafted) if num_drafted else None
     work = Work(sequence, 1, proposal, num_rows=1 + num_drafted)
-    _synchronise(runner.model.device)
+    _synchronise(device)
     started = time.perf_counter()
     runner.forward([work])
-    _synchronise(runner.model.device)
+    _synchronise(device)
     return time.perf_counter() - started
 
 

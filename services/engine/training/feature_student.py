@@ -50,7 +50,7 @@ class FeatureStudent(Student):
         num_lines, line_len = batch.tokens.shape
         attention = UnrolledAttention(num_lines, line_len)
         embedded = torch.nn.functional.embedding(batch.tokens, self.embedding) @ self.input_projection.T
-        features = self._known_features(batch, cut)
+        features = known_features(self.target, batch, cut)
         found: list[Tensor] = []
         for _ in range(num_passes):
             attention.begin_pass()
@@ -66,11 +66,13 @@ class FeatureStudent(Student):
             features = _behind(hidden)
         return found
 
-    def _known_features(self, batch: Batch, cut: bool) -> Tensor:
-        with torch.no_grad():
-            hidden = self.target(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        known = batch.answered & _behind_cuts(batch.tokens) if cut else batch.answered
-        return _behind(hidden) * known[..., None]
+
+def known_features(target: Any, batch: Batch, cut: bool) -> Tensor:
+    """Before each token the target's hidden state, [B, T, hidden]; zeros where service would not tell it."""
+    with torch.no_grad():
+        hidden = target(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    known = batch.answered & _behind_cuts(batch.tokens) if cut else batch.answered
+    return _behind(hidden) * known[..., None]
 
 
 def load_target(directory: Path, dtype: torch.dtype) -> Any:

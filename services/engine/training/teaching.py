@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,13 @@ from services.common.config import cache_dir
 from services.common.errors import ConfigError
 from services.engine import digest
 from services.engine.models import load_config, torch_device, torch_dtype
+from services.engine.mtp_draft import MtpOptions, load_mtp
 from services.engine.paged_model import EngineOptions, load_engine
+from services.engine.prepare import SAMPLE_DRAFT, SAMPLE_DRAFT_DIRECTORY
 from services.engine.progress import Reporter
-from services.engine.trained_draft import EARLY_EXIT, FEATURES, Ends, Manifest, read_ends
+from services.engine.runners import Runner
+from services.engine.sampler import Sampler
+from services.engine.trained_draft import EARLY_EXIT, FEATURES, MTP, Ends, Manifest, read_ends
 from services.engine.training import checkpoint, report
 from services.engine.training.checkpoint import Progress
 from services.engine.training.config import TrainingConfig
@@ -26,6 +31,7 @@ from services.engine.training.corpus import Corpus, head_tokens
 from services.engine.training.costs import Costs, measure_costs
 from services.engine.training.display import progress as show_progress
 from services.engine.training.feature_student import FeatureStudent, load_target
+from services.engine.training.mtp_student import MtpStudent
 from services.engine.training.shards import ShardStore
 from services.engine.training.stop import Stop
 from services.engine.training.student import Student, continue_from, read_draft, start_from, student_config
@@ -38,6 +44,7 @@ _SETTINGS = (
     "width",
     "head_tokens",
     "loss",
+    "heads",
     "seed",
     "batch_tokens",
     "learning_rate",
@@ -45,7 +52,7 @@ _SETTINGS = (
     "unroll",
 )
 """What may not change between the parts of a run; the last ones may, and then change its course."""
-_FIXED = _SETTINGS[:5]
+_FIXED = _SETTINGS[:6]
 
 
 class Lesson(NamedTuple):
@@ -60,6 +67,8 @@ class Teaching:
     """Of one target directory, with the self-play in `store`."""
 
     def __init__(self, config: TrainingConfig, target: Path, store: ShardStore, reporter: Reporter) -> None:
+        if config.kind == MTP:
+            config = replace(config, num_draft_tokens=min(config.num_draft_tokens, config.heads))
         self._config, self._target, self._store, self._reporter = config, target, store, reporter
         self._out = Path(config.out)
         self._device = torch_device(config.device)
@@ -82,7 +91,8 @@ class Teaching:
         layers, width = self._config.layer_indices, self._config.width
         torch.manual_seed(self._config.seed)
         student = self._student(student_config(load_config(self._target), layers, width), ends, head_ids)
-        if not resumes or self._config.kind == EARLY_EXIT:  # whose layers no checkpoint holds
+        is_new = not resumes or self._config.kind == EARLY_EXIT  # whose layers no checkpoint holds
+        if is_new and self._config.kind != MTP:
             start_from(student, self._target, layers, width)
         if start and not resumes:
             continue_from(student, start)
@@ -97,12 +107,18 @@ class Teaching:
 
     def _start(self, ends: Ends) -> dict[str, torch.Tensor]:
         """Weights of the draft to start from, if there is one."""
-        return read_draft(Path(self._config.start), ends.digest) if self._config.start else {}
+        start = self._config.start
+        directory = SAMPLE_DRAFT_DIRECTORY if start == SAMPLE_DRAFT else Path(start)
+        return read_draft(directory, ends.digest) if start else {}
 
     def _student(self, config: Any, ends: Ends, head_ids: torch.Tensor) -> Student:
-        if self._config.kind != FEATURES:
-            return Student(config, ends, head_ids, self._config.kind)
-        return FeatureStudent(config, ends, head_ids, load_target(self._target, torch_dtype(dtype_of(self._config))))
+        kind = self._config.kind
+        if kind not in (FEATURES, MTP):
+            return Student(config, ends, head_ids, kind)
+        target = load_target(self._target, torch_dtype(dtype_of(self._config)))
+        if kind == MTP:
+            return MtpStudent(config, ends, head_ids, target, self._config.heads)
+        return FeatureStudent(config, ends, head_ids, target)
 
     def train(self, lesson: Lesson, stop: Stop) -> bool:
         """Trains until all tokens are done or `stop`, saving from time to time; returns whether all are done."""
@@ -130,7 +146,7 @@ class Teaching:
             vocab_digest=digest.directory_vocab_digest(self._target),
             vocab_size=len(student.embedding),
             kind=self._config.kind,
-            layers=self._config.layer_indices,
+            layers=() if self._config.kind == MTP else self._config.layer_indices,
         )
         student.export(self._out, manifest, torch.bfloat16)
         figures = trainer.figures(lesson.corpus)
@@ -162,24 +178,28 @@ class Teaching:
             batch_tokens=config.batch_tokens,
             seed=config.seed,
             num_draft_tokens=config.num_draft_tokens,
-            unroll=config.unroll,
+            unroll=config.heads if config.kind == MTP else config.unroll,
             autocast=dtype_of(config) == "bfloat16",
         )
 
     def _check_settings(self, done: Progress) -> None:
         for name in _FIXED:
-            if (now := getattr(self._config, name)) != (then := done.settings.get(name)):
+            if (now := getattr(self._config, name)) != (then := done.settings.get(name, now)):
                 raise ConfigError(f"{name}: the checkpoint in {self._out} was begun with {then!r}, not {now!r}")
 
     def _costs(self) -> Costs:
         config = self._config
-        engines = []
-        for model in (self._target, self._out):
-            options = EngineOptions(
-                model=str(model), cache_dir=cache_dir(), dtype=dtype_of(config), device=config.device, num_blocks=32
-            )
-            engines.append(load_engine(options, Reporter(quiet=True)))
-        return measure_costs(engines[0].runner, engines[1].runner, config.num_draft_tokens)
+        dtype, quiet = dtype_of(config), Reporter(quiet=True)
+
+        def runner(model: Path) -> Runner:
+            options = EngineOptions(str(model), cache_dir(), dtype=dtype, device=config.device, num_blocks=32)
+            return load_engine(options, quiet).runner
+
+        target = runner(self._target)
+        if config.kind != MTP:
+            return measure_costs(target, runner(self._out), config.num_draft_tokens)
+        options = MtpOptions(str(self._out), cache_dir(), str(self._target), dtype=dtype, device=config.device)
+        return measure_costs(target, load_mtp(options, Sampler(), quiet), config.num_draft_tokens)
 
 
 def _remark(done: Progress) -> str:

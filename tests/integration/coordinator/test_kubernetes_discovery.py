@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
+from kubernetes.config import incluster_config
 
 from services.common.errors import ConfigError
 from services.common.service import wait_until
 from services.coordinator.discovery import Endpoint, Endpoints, parse_source
 from services.coordinator.kubernetes_discovery import KubernetesDiscovery
-from tests.fakes.kubernetes_api import KubernetesApi, endpoint_slice, kubeconfig
+from tests.fakes.kubernetes_api import TOKEN, KubernetesApi, endpoint_slice, kubeconfig
 
 A, B, C = (Endpoint(f"10.0.0.{n}:50052") for n in (1, 2, 3))
 
@@ -160,3 +165,85 @@ def test_without_a_kubeconfig_the_start_stops(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="kubeconfig"):
         parse_source("drafts", "kubernetes://ns/drafts:grpc").discovery(5.0)
+
+
+class ServiceAccount:
+    """What is mounted into a pod: a token that the kubelet writes anew, and the API server's authority."""
+
+    def __init__(self, directory: Path, ca: trustme.CA) -> None:
+        self.token, self.ca = directory / "token", directory / "ca.crt"
+        self.token.write_text(TOKEN)
+        self.ca.write_bytes(ca.cert_pem.bytes())
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[KubernetesApi, ServiceAccount]]:
+    """An API server over TLS, and the surroundings of a pod of its cluster; a kubeconfig leads elsewhere."""
+    ca, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("127.0.0.1").configure_cert(context)
+    account = ServiceAccount(tmp_path, ca)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(account.token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(account.ca))
+    (tmp_path / "config").write_text(kubeconfig("http://127.0.0.1:1"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with KubernetesApi().serving(context) as api:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", api.url.rpartition(":")[2])
+        api.apply(endpoint_slice("s1", "10.0.0.1", "10.0.0.2"))
+        yield api, account
+
+
+async def test_in_a_pod_its_service_account_is_used_over_tls(pod: tuple[KubernetesApi, ServiceAccount]) -> None:
+    api, _ = pod
+    async with watching() as changes:
+        assert await following(changes) == {A, B}
+        await watched(api, 1)
+        api.apply(endpoint_slice("s2", "10.0.0.3"))
+        assert await following(changes) == {A, B, C}
+
+
+class Unhesitating(incluster_config.InClusterConfigLoader):
+    """Reads the token for every request, not once a minute."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._token_refresh_period = timedelta(0)
+
+
+async def test_a_token_that_was_written_anew_is_taken_up(
+    pod: tuple[KubernetesApi, ServiceAccount], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mounted tokens live for an hour; the server takes old ones no more."""
+    api, account = pod
+    monkeypatch.setattr(incluster_config, "InClusterConfigLoader", Unhesitating)
+    async with watching() as changes:
+        assert await following(changes) == {A, B}
+        await watched(api, 1)
+        api.token = "the-next-one"  # noqa: S105
+        account.token.write_text(api.token)
+        api.apply(endpoint_slice("s2", "10.0.0.3"))
+        api.compact()
+        api.cut()
+        while await following(changes) != {A, B, C}:
+            pass
+        await watched(api, 2)
+
+
+async def test_a_server_of_another_authority_gets_no_token(
+    pod: tuple[KubernetesApi, ServiceAccount], caplog: pytest.LogCaptureFixture
+) -> None:
+    api, account = pod
+    account.ca.write_bytes(trustme.CA().cert_pem.bytes())
+    async with watching() as changes:
+        waiting = asyncio.ensure_future(anext(changes))
+        assert await wait_until(lambda: "CERTIFICATE_VERIFY_FAILED" in caplog.text, 10)
+        assert (api.lists, api.watches) == (0, [])
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("missing", ["token", "ca"])
+def test_a_pod_without_a_service_account_cannot_start(pod: tuple[KubernetesApi, ServiceAccount], missing: str) -> None:
+    getattr(pod[1], missing).unlink()
+    with pytest.raises(ConfigError, match="service account"):
+        KubernetesDiscovery("ns", "drafts", "grpc")

@@ -19,6 +19,7 @@ from redis import Redis
 from services.common import rpc
 from services.common.errors import Aborted, InvalidArgument, NotFound, OutriderError
 from services.common.service import wait_until
+from services.common.vocab import SIMULATED_EOS
 from tests.fakes.coordinator_process import coordinator_process
 from tests.fakes.tcp_proxy import proxied
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
@@ -182,14 +183,57 @@ async def test_a_session_closed_elsewhere_ends_its_generation_regularly(cluster:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_adopted_tokens_must_not_go_on_behind_the_end(cluster: Cluster) -> None:
-    request = new_request(max_tokens=20, stop_token_ids=[66])
-    resume = pb.ResumePoint(num_received_tokens=3, tokens_beyond_durable=[65, 66, 67])
-    with pytest.raises(InvalidArgument) as caught:
-        await cluster.generate(**request, resume=resume)
-    assert caught.value.field == "resume.tokens_beyond_durable"
-    with pytest.raises(grpc.aio.AioRpcError):
-        await cluster.stub.GetSession(pb.GetSessionRequest(session_id=request["session_id"]))
+MAX_LEN = 16
+BEHIND_THE_END = {
+    "a stop token": ({"stop_token_ids": [66]}, [65, 66, 67]),
+    "EOS": ({"ignore_eos": False}, [65, SIMULATED_EOS, 67]),
+    "a stop string": ({"stop": ["AB"]}, [65, 66, 67]),
+    "the longest sequence": ({"prompt": "x" * (MAX_LEN - 2)}, [65, 66, 67]),
+}
+
+
+@pytest.mark.parametrize("num_recorded", [0, 1])
+@pytest.mark.parametrize("name", BEHIND_THE_END)
+async def test_adopted_tokens_must_not_go_on_behind_the_end(
+    start_cluster: StartCluster, redis_url: str, name: str, num_recorded: int
+) -> None:
+    """Neither those of a record that is lost as a whole, nor those beyond the first recorded ones."""
+    fields, adopted = BEHIND_THE_END[name]
+    async with start_cluster(replace(TARGET, max_sequence_len=MAX_LEN)) as cluster:
+        request = new_request(**{"max_tokens": 5, **fields})
+        if num_recorded:
+            resume = pb.ResumePoint(num_received_tokens=1, tokens_beyond_durable=adopted[:1])
+            await cluster.generate(**request, resume=resume)
+            await cut_back(redis_url, request["session_id"], len(request["prompt"]) + num_recorded)
+        resume = pb.ResumePoint(num_received_tokens=3, tokens_beyond_durable=adopted)
+        with pytest.raises(InvalidArgument) as caught:
+            await cluster.generate(**request, resume=resume)
+        assert (caught.value.reason, caught.value.field) == ("REQUEST_MISMATCH", "resume.tokens_beyond_durable")
+        if not num_recorded:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await cluster.stub.GetSession(pb.GetSessionRequest(session_id=request["session_id"]))
+
+
+async def cut_back(redis_url: str, session_id: str, length: int) -> None:
+    """Leaves of a record its first tokens, its generation unfinished: as if its owner had died behind them."""
+    with Redis.from_url(redis_url) as client:
+        base = f"outrider:{{{session_id}}}:"
+        client.hdel(base + "meta", "finish_reason", "statistics", "reply")
+        for name, width in (("tokens", 4), ("origins", 1)):
+            client.set(base + name, client.getrange(base + name, 0, width * length - 1))
+
+
+async def test_a_generation_goes_on_where_another_number_of_draft_tokens_is_the_default(
+    cluster: Cluster, redis_url: str
+) -> None:
+    async with node(cluster, redis_url, num_draft_tokens="2") as other:
+        request = new_request(max_tokens=60)
+        old = Reader(cluster.stub, request)
+        await old.until(5)
+        new = Reader(other.stub, request)
+        assert await new.task is None
+    assert len(new.tokens) == 60
+    assert old.tokens == new.tokens[: len(old.tokens)]
 
 
 async def test_tokens_are_not_adopted_into_another_conversation(cluster: Cluster) -> None:

@@ -8,13 +8,19 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import grpc.aio
 import pytest
 import trustme
 
 from services.client import Access, GenerateOptions, OutriderClient, Result, RetryPolicy
+from services.common.channels import Channels
 from services.common.errors import Unavailable
+from services.common.items import Identity
 from services.common.service import end_tasks, wait_until
 from services.common.tls_files import TlsFiles
+from services.coordinator.renewing_link import RenewingLink
+from services.coordinator.worker_link import TARGET_CODEC
+from services.target.server import running_target
 from tests.certificates import authorities, files, write, write_leaf
 from tests.integration.security.conftest import TARGET, Peers, StartSecure
 
@@ -130,6 +136,47 @@ async def test_old_links_end_with_their_last_sequence(
         assert len(streams) == 4
         assert len((await running).tokens) == 2000
         assert await wait_until(lambda: sum("WorkerLink._run" in repr(t) for t in asyncio.all_tasks()) == 2, 20)
+
+
+class Moving(Channels):
+    """Opens channels to where the worker is now; when it is elsewhere, the certificates count as changed."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.port = port
+        self.opened: list[int] = []
+
+    @property
+    def version(self) -> int:
+        return self.port
+
+    def open(self, address: str) -> grpc.aio.Channel:
+        self.opened.append(self.port)
+        return super().open(f"127.0.0.1:{self.port}")
+
+
+async def test_whoever_asks_for_a_worker_is_answered_over_the_renewed_channel() -> None:
+    """Also while sequences keep the old one open, and once it is gone."""
+    async with running_target(TARGET) as old, running_target(TARGET) as new:
+        channels = Moving(old.port)
+        link = RenewingLink("a:1", TARGET_CODEC, channels, look_s=0.01)
+        link.start()
+        try:
+            assert await link.wait_up(10)
+            identity = Identity("s", 1, 1, 0, 1)
+            lane = link.open_lane(identity)
+            assert (await link.describe(5)).instance_id == old.worker.info.instance_id
+            channels.port = new.port
+            assert await wait_until(lambda: link.num_draining == 1, 10)
+            assert channels.opened == [old.port, new.port]
+            assert (await link.describe(5)).instance_id == new.worker.info.instance_id
+            lane.close(identity)
+            assert await wait_until(lambda: link.num_draining == 0, 10)
+            assert (await link.describe(5)).instance_id == new.worker.info.instance_id
+            assert link.info is not None
+            assert link.info.instance_id == new.worker.info.instance_id
+        finally:
+            await link.aclose()
 
 
 async def test_an_untrusted_renewal_leaves_the_old_connection_in_place(

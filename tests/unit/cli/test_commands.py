@@ -123,6 +123,9 @@ def test_an_unreachable_coordinator_is_said_so(capsys):
         ["generate", "hi", "--address", ""],
         ["bench", "--mode", "fast"],
         ["bench", "--rate", "2", "--concurrency", "2"],
+        ["bench", "--draft-pool", "a=ngram", "--address", "nowhere:1"],
+        ["bench", "--draft-pool", "a=ngram", "--sweep-drafters", "suffix"],
+        ["bench", "--draft-pool", "a=ngram", "--draft-pool", "a=suffix"],
         ["serve", "nothing"],
     ],
 )

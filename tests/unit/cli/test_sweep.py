@@ -15,7 +15,7 @@ from services.cli.bench import sweep as sweep_module
 from services.cli.bench.load import LoadPlan
 from services.cli.bench.options import Chains, Names
 from services.cli.bench.sweep import Case, Sweep, Where, run_cases
-from services.cli.cluster import ClusterSpec
+from services.cli.cluster import ClusterSpec, PoolSpec
 from services.cli.failure import CommandFailed
 from services.client import GenerateOptions
 from services.common.values import VerificationMethod
@@ -35,6 +35,20 @@ def test_all_combinations_grouped_by_drafter():
     assert [case.drafter for case in cases] == ["ngram"] * 4 + ["model"] * 4
     assert [(case.temperature, case.num_draft_tokens) for case in cases[:4]] == [(0.0, 1), (0.0, 2), (1.0, 1), (1.0, 2)]
     assert cases[2].verification is REJECTION
+
+
+def test_draft_pools_are_cases_of_one_cluster_and_their_requests_name_them():
+    pools = (PoolSpec("copy", "suffix", "sample"), PoolSpec("big", "model", "other"))
+    cases = Sweep((1, 2)).cases("ngram", GenerateOptions(), pools)
+    assert [(case.draft, case.drafter, case.num_draft_tokens) for case in cases] == [
+        ("copy", "suffix", 1),
+        ("copy", "suffix", 2),
+        ("big", "model", 1),
+        ("big", "model", 2),
+    ]
+    assert len({case.cluster for case in cases}) == 1
+    assert cases[2].options(GenerateOptions()).draft == "big"
+    assert cases[2].label.startswith("big=model K=1")
 
 
 def test_a_sampling_has_the_temperature_given():
@@ -74,6 +88,17 @@ class Clusters(Where):
         yield "nowhere:1", None
 
 
+class Counting(Clusters):
+    """Of which the starts are counted."""
+
+    started: list[str]
+
+    @contextlib.contextmanager
+    def running(self, console: Console, drafter: str) -> Iterator[tuple[str, int | None]]:
+        self.started.append(drafter)
+        yield "nowhere:1", None
+
+
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
     async def run_load(*args: Any, title: str, **others: Any) -> str:
@@ -107,3 +132,11 @@ def test_a_sweep_of_which_nothing_runs_fails_as_its_first_cluster(shown: Console
     with pytest.raises(CommandFailed, match="before it was ready") as raised:
         run(clusters, cases_of("ngram", "model"), shown)
     assert raised.value.detail == "its log"
+
+
+def test_all_draft_pools_are_measured_in_one_cluster(shown: Console) -> None:
+    clusters = Counting(None, ClusterSpec())
+    clusters.started = []
+    cases = Sweep().cases("", GenerateOptions(), (PoolSpec("a", "ngram", ""), PoolSpec("b", "suffix", "")))
+    assert [found.case.draft for found in run(clusters, cases, shown).outcomes] == ["a", "b"]
+    assert len(clusters.started) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
@@ -180,6 +181,41 @@ async def test_a_message_that_is_too_large_is_not_sent_again():
         with pytest.raises(ResourceExhausted, match="larger than max") as caught:
             await generation.complete()
     assert "attempts" not in caught.value.message
+
+
+async def test_a_busy_session_is_asked_for_again_when_the_server_says_when_and_not_for_ever():
+    busy = Aborted("SESSION_BUSY", "another request is running", retry_after_ms=60)
+    fake = FakeCoordinator(play(busy, start=False), whole(2))
+    async with client_of(fake) as client:
+        began = time.monotonic()
+        assert (await client.complete("hi")).token_ids == (100, 101)
+        assert time.monotonic() - began >= 0.06
+    assert len(fake.requests) == 2
+    fake = FakeCoordinator(play(busy, start=False))
+    async with client_of(fake) as client:
+        with pytest.raises(Aborted) as caught:
+            await client.complete("hi")
+    assert (caught.value.reason, caught.value.retry_after_ms) == ("SESSION_BUSY", 60)
+    assert len(fake.requests) == QUICK.max_attempts_unreached
+
+
+async def test_every_token_starts_the_count_of_failures_anew():
+    breaks = [play(tokens(i, 1), MOVED) for i in range(6)]
+    fake = FakeCoordinator(*breaks, play(finished(6)))
+    async with client_of(fake) as client:
+        result = await client.complete("hi")
+    assert result.token_ids == tuple(range(100, 106))
+    assert result.num_resumptions == 6 > QUICK.max_attempts
+
+
+async def test_what_was_durable_once_stays_so():
+    """A message that was overtaken, or a takeover from an older record, says less than is known."""
+    less = play(tokens(0, 3, durable_len=2), tokens(3, 1, durable_len=1), MOVED)
+    fake = FakeCoordinator(less, play(tokens(4, 1, durable_len=5), finished(5)))
+    async with client_of(fake) as client:
+        chunks = [chunk async for chunk in client.generate("hi")]
+    assert list(fake.requests[1].resume.tokens_beyond_durable) == [102, 103]
+    assert [chunk.durable_len for chunk in chunks] == [2, 2, 5]
 
 
 async def test_refusals_are_raised_as_their_types_and_never_retried():

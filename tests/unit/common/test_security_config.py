@@ -63,7 +63,8 @@ def test_a_coordinator_sends_nothing_away_in_plaintext_unasked(settings: dict[st
 
 def test_a_coordinator_does_where_it_is_protected_or_asked_to() -> None:
     remote = {"tokenizer": "simulated", "targets": "t:1", "drafts": "d:1"}
-    CoordinatorConfig(**remote, redis_url="rediss://redis:1", **TLS)  # type: ignore[arg-type]
+    for url in ("rediss://redis:1", "rediss+sentinel://user:p@one:26379,two/main/0"):
+        CoordinatorConfig(**remote, redis_url=url, **TLS)  # type: ignore[arg-type]
     CoordinatorConfig(**remote, redis_url="redis://redis:1", insecure_redis=True, **TLS)  # type: ignore[arg-type]
     CoordinatorConfig(**remote, redis_url="redis://redis:1", insecure=True)  # type: ignore[arg-type]
 
@@ -79,8 +80,25 @@ def test_addresses_stay_on_this_machine_or_do_not(address: str, local: bool) -> 
 def test_a_name_that_only_looks_like_loopback_is_none() -> None:
     assert not is_loopback("127.0.0.1.example.org")
     assert not is_loopback("localhost.example.org")
-    assert is_protected_url("unix:///s")
-    assert not is_protected_url("redis://h")
+
+
+@pytest.mark.parametrize(
+    ("url", "protected"),
+    [
+        ("unix:///s", True),
+        ("redis://h", False),
+        ("redis://127.0.0.1:1", True),
+        ("rediss://h", True),
+        ("rediss+sentinel://one:26379,two/main", True),
+        ("redis+sentinel://one:26379,two/main", False),
+        ("redis+sentinel://127.0.0.1:1,localhost/main", True),
+        ("redis+sentinel://127.0.0.1:1,elsewhere/main", False),
+        ("rediss-or-so://h", False),
+        ("unixoid://h", False),
+    ],
+)
+def test_a_store_is_protected_by_tls_or_by_staying_on_this_machine(url: str, protected: bool) -> None:
+    assert is_protected_url(url) is protected
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_any_request_is_admitted_within_all_limits_or_refused_with_a_field(
     assert 0 < sampling.repetition_penalty <= 10
     assert all(math.isfinite(bias) and token_id < 100 for token_id, bias in sampling.logit_bias)
     assert admitted.max_tokens >= 1
-    assert admitted.num_draft_tokens <= 16
+    assert admitted.wanted_num_draft_tokens <= 16
     assert uuid.UUID(admitted.session_id)
     assert uuid.UUID(admitted.request_id)
 
@@ -170,14 +170,14 @@ def test_a_prompt_over_the_limit_names_the_limit(fill: Callable[[pb.GenerateRequ
 
 def test_what_is_left_out_gets_its_default() -> None:
     admitted = admit(a_prompt(), LIMITS)
-    assert (admitted.model, admitted.max_tokens, admitted.num_draft_tokens) == ("m", 256, 4)
+    assert (admitted.model, admitted.max_tokens, admitted.wanted_num_draft_tokens) == ("m", 256, 4)
     assert (admitted.verification, admitted.seed) == (VerificationMethod.COUPLED, None)
     assert (admitted.sampling.temperature, admitted.sampling.top_p) == (1.0, 1.0)
     assert admitted.session_id != admit(a_prompt(), LIMITS).session_id
 
 
 def test_zero_draft_tokens_is_not_the_default() -> None:
-    assert admit(a_prompt(num_draft_tokens=0), LIMITS).num_draft_tokens == 0
+    assert admit(a_prompt(num_draft_tokens=0), LIMITS).wanted_num_draft_tokens == 0
 
 
 def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
@@ -230,6 +230,19 @@ def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> No
     assert admit(a_prompt(max_tokens=5), LIMITS).digest != base
     assert admit(pb.GenerateRequest(prompt="b"), LIMITS).digest != base
     assert admit(sampling(seed=0), LIMITS).digest != base
+
+
+def test_the_digest_sees_what_was_asked_and_not_how_the_coordinator_is_configured() -> None:
+    """So that a generation may be resumed at another coordinator."""
+    adaptive = replace(LIMITS, default_num_draft_tokens=None)
+    elsewhere = replace(LIMITS, default_num_draft_tokens=2, max_draft_tokens=8, max_prompt_bytes=500)
+    requests = [admit(a_prompt(), limits) for limits in (LIMITS, adaptive, elsewhere)]
+    assert [request.wanted_num_draft_tokens for request in requests] == [4, None, 2]
+    assert len({request.digest for request in requests}) == 1
+    assert len({request.parameters() for request in requests}) == 1
+    asked = {admit(a_prompt(num_draft_tokens=4), limits).digest for limits in (LIMITS, adaptive, elsewhere)}
+    assert len(asked) == 1
+    assert asked != {requests[0].digest}
 
 
 def test_the_parameters_are_written_without_going_through_the_prompt() -> None:

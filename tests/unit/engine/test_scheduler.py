@@ -160,7 +160,7 @@ def test_sequence_without_blocks_starts_behind_its_cached_prefix() -> None:
 def test_prefix_in_use_lets_a_sequence_in_that_would_not_fit_without() -> None:
     blocks = BlockManager(10, 4)
     first, second = shared_prefix(blocks, 30), sequence_of(blocks, 33)
-    works = Scheduler(blocks).plan([decoding(first), decoding(second)])
+    works = Scheduler(blocks, times=free_prefill()).plan([decoding(first), decoding(second)])
     assert [work.sequence for work in works] == [first, second]
     assert first.block_table[:7] == second.block_table[:7]
     blocks.check_integrity([first, second])
@@ -220,6 +220,18 @@ def test_prefill_goes_on_beside_rows_however_much_it_costs() -> None:
     prefilling, running = sequence_of(blocks, 1000), sequence_of(blocks, 9, num_cached=8)
     works = Scheduler(blocks, 512, times).plan([decoding(prefilling), decoding(running)])
     assert shape(works) == [(1, 1), (MIN_PREFILL_BUDGET, 0)]
+
+
+def test_rows_go_alone_until_it_is_known_what_they_take() -> None:
+    """Else prefill that never pauses would stay at its least: what it may add is measured by steps of rows alone."""
+    blocks, times = BlockManager(400, 4), StepTimes()
+    scheduler = Scheduler(blocks, 512, times)
+    running, prefilling = sequence_of(blocks, 20, 19), sequence_of(blocks, 300)
+    demands = [decoding(running), decoding(prefilling)]
+    assert shape(scheduler.plan(demands)) == [(1, 1)]
+    times.observe(1, 0, 20_000)
+    times.observe(1, 100, 40_000)
+    assert shape(scheduler.plan(demands)) == [(1, 1), (300, 1)]
 
 
 def test_prompts_that_come_beside_young_sequences_are_prefilled_whole() -> None:

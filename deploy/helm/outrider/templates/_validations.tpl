@@ -121,8 +121,8 @@
 {{- else if and .Values.redis.external.url .Values.redis.external.existingSecret -}}
   {{- fail "redis.external: url and existingSecret exclude each other" -}}
 {{- end -}}
-{{- if and (hasPrefix "redis://" .Values.redis.external.url) .Values.tls.enabled (not .Values.redis.external.insecure) -}}
-  {{- fail "redis.external.url: redis:// sends sessions in plaintext; use rediss://, or set redis.external.insecure=true" -}}
+{{- if and (regexMatch "^redis(\\+sentinel)?://" .Values.redis.external.url) .Values.tls.enabled (not .Values.redis.external.insecure) -}}
+  {{- fail "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext; use rediss:// or rediss+sentinel://, or set redis.external.insecure=true" -}}
 {{- end -}}
 {{- end }}
 

@@ -13,7 +13,7 @@ from services.cli.failure import CommandFailed
 from services.cli.plan.capacity import Load, fleet_for
 from services.cli.plan.command import plan
 from services.cli.plan.measured import read_times
-from services.cli.plan.simulation import Times
+from services.cli.plan.setting import Times
 
 FAST = ("--max-sequences", "8")
 
@@ -66,9 +66,50 @@ REPORT = {
 def test_times_are_read_from_a_report_and_options_come_first(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(REPORT))
-    assert read_times(file) == Times(45.0, 5.0, 4.0, 0.0, (pytest.approx(0.72), 0.5), 0.0, 2.0)
+    assert read_times(file) == (Times(45.0, 5.0, 4.0, 0.0, (pytest.approx(0.72), 0.5), 0.0, 2.0), 0)
     times = answer("--from", str(file), "--step-ms", "7")["times"]
     assert (times["step_ms"], times["token_ms"]) == (7.0, 4.0)
+
+
+def a_request(conversation: int, ttft_ms: float, turn: int = 0) -> dict[str, object]:
+    return {
+        "conversation": conversation,
+        "turn": turn,
+        "num_prompt_tokens": 100 + 100 * conversation,
+        "ttft_ms": ttft_ms,
+    }
+
+
+def test_prefill_is_read_from_the_first_and_uncached_time_of_each_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    requests = [a_request(0, 102.0), a_request(0, 60.0), a_request(1, 55.0), a_request(1, 152.0), a_request(1, 9.0, 1)]
+    file.write_text(json.dumps(REPORT | {"requests": requests}))
+    measured = read_times(file)
+    assert measured.times.prefill_token_ms == pytest.approx(0.5)
+    assert measured.prompt_len == 150
+    found = answer("--from", str(file), "--num-draft-tokens", "2")
+    assert found["request"] == {"prompt_len": 150, "output_len": 256}
+    assert found["points"][0]["ttft_ms"] == pytest.approx(50 + 149 * 0.5 + 2, abs=0.1)
+
+
+PROMPTS = ("--prompt-len", "200", "--prefill-token-ms", "0.2", "--output-len", "64", "--num-draft-tokens", "4")
+
+
+def test_prompts_take_their_part_of_the_rate_and_of_the_fleet() -> None:
+    without = answer("--tokens-per-s", "1000", *PROMPTS[4:], *FAST)
+    beside = answer("--tokens-per-s", "1000", *PROMPTS, *FAST)
+    assert without["points"][1]["ttft_ms"] is None
+    assert beside["points"][1]["ttft_ms"] > 60.0
+    assert beside["points"][1]["tokens_per_s"] < 0.95 * without["points"][1]["tokens_per_s"]
+    assert beside["fleet"]["num_targets"] > without["fleet"]["num_targets"]
+
+
+def test_a_stricter_time_to_the_first_token_takes_fewer_sequences_on_a_target() -> None:
+    free, strict = (
+        answer("--tokens-per-s", "500", *PROMPTS, *FAST, *bound)["fleet"] for bound in ((), ("--max-ttft-ms", "90"))
+    )
+    assert strict["ttft_ms"] <= 90.0 < free["ttft_ms"]
+    assert strict["num_sequences"] < free["num_sequences"]
 
 
 @pytest.mark.parametrize("text", ["{}", "no json", json.dumps(REPORT | {"limits": None})])
@@ -85,6 +126,8 @@ def test_another_file_is_refused_with_its_name(tmp_path: Path, text: str) -> Non
         (("--tokens-per-s", "1", "--requests-per-s", "1"), "--requests-per-s"),
         (("--acceptance", "0.5,2"), "--acceptance"),
         (("--step-ms", "0"), "--step-ms"),
+        (("--prompt-len", "10"), "--prefill-token-ms"),
+        (("--max-ttft-ms", "10"), "--max-ttft-ms needs --prompt-len"),
         (("--num-draft-tokens", "17"), "--num-draft-tokens"),
     ],
 )

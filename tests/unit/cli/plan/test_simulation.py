@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.cli.plan.simulation import Setting, Times, simulate
+from services.cli.plan.setting import Request, Setting, Times
+from services.cli.plan.simulation import simulate
 from tests.fakes import virtual_cluster
-from tests.fakes.virtual_cluster import VirtualCluster, tokens_per_s
+from tests.fakes.virtual_cluster import VirtualCluster, served, tokens_per_s
 
 
 def test_one_sequence_gives_the_formula() -> None:
@@ -59,3 +60,50 @@ def test_rates_are_those_of_the_services(
         Setting(num_sequences, num_draft_tokens, num_rounds=max(60, 2000 // num_sequences)),
     )
     assert planned.tokens_per_s == pytest.approx(actual, rel=0.05)
+
+
+HEAVY = virtual_cluster.Times(row_ms=0.05, prefill_token_ms=0.2)
+LONG = virtual_cluster.Times(row_ms=0.1, token_ms=1.0, prefill_token_ms=0.05, delay_ms=1.0)
+POOR = virtual_cluster.Times(step_ms=10.0, row_ms=0.1, acceptance=0.4, prefill_token_ms=0.3)
+LIGHT = virtual_cluster.Times(row_ms=0.05, prefill_token_ms=0.02)
+
+
+@pytest.mark.parametrize(
+    ("times", "prompt_len", "num_sequences", "num_requests", "num_draft_tokens"),
+    [
+        (HEAVY, 200, 1, 12, 0),
+        (HEAVY, 200, 4, 8, 0),
+        (HEAVY, 200, 4, 8, 4),
+        (LONG, 700, 1, 16, 4),
+        (LONG, 700, 4, 8, 4),
+        (LONG, 700, 16, 3, 0),
+        (POOR, 50, 1, 16, 4),
+        (POOR, 50, 4, 6, 0),
+        (LIGHT, 100, 16, 4, 4),
+    ],
+)
+def test_requests_with_prompts_are_served_as_by_the_services(
+    times: virtual_cluster.Times, prompt_len: int, num_sequences: int, num_requests: int, num_draft_tokens: int
+) -> None:
+    alphas: list[tuple[float, ...]] = []
+
+    def note(cluster: VirtualCluster) -> None:
+        alphas.append(cluster.alphas or (0.0,))
+
+    request = Request(prompt_len, 60)
+    actual = served(
+        times,
+        num_sequences,
+        num_draft_tokens,
+        prompt_len=prompt_len,
+        output_len=request.output_len,
+        num_requests=num_requests,
+        on_end=note,
+    )
+    planned = simulate(
+        Times(times.step_ms, times.row_ms, times.token_ms, 0.0, alphas[0], times.delay_ms, 0.0, times.prefill_token_ms),
+        Setting(num_sequences, num_draft_tokens, request=request, num_requests=max(4, 40 // num_sequences)),
+    )
+    assert planned.tokens_per_s == pytest.approx(actual.tokens_per_s, rel=0.05)
+    assert planned.tpot_ms == pytest.approx(actual.tpot_ms, rel=0.05)
+    assert planned.ttft_ms == pytest.approx(actual.ttft_ms, rel=0.1, abs=times.step_ms / 3)

@@ -1,0 +1,1 @@
+"""What a draft learns in equal time: by loss, depth and width."""

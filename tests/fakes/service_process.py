@@ -1,0 +1,47 @@
+"""A service as a process of its own: started, told to stop as Kubernetes does, and never left behind.
+
+Owns: the process. Must not know: what the service is, beyond its module and flags.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceProcess:
+    """A service that has said that it is ready."""
+
+    process: asyncio.subprocess.Process
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def terminate(self, timeout_s: float = 30.0) -> int:
+        """Sends SIGTERM; the exit status."""
+        self.process.terminate()
+        return await asyncio.wait_for(self.process.wait(), timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def service_process(module: str, *flags: str, **environment: str) -> AsyncIterator[ServiceProcess]:
+    """`python -m module` on a free port of loopback, once it is ready; killed on exit if it still runs."""
+    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1", *flags]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OUTRIDER_")}
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=own | environment)
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        yield ServiceProcess(process, json.loads(line)["port"])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
