@@ -28,6 +28,8 @@ from services.client import GenerateOptions, OutriderClient
 from services.common.errors import OutriderError
 
 MAX_CPU_RATIO = 1.1
+_PROMPT = "Tell me a story of thirty-three characters."
+"""One for all, so that its prefill does not hold the rounds up for a minute; their seeds make the sessions differ."""
 _POLL_S = 0.1
 _OPENING_GAP_S = 0.005
 _MAX_OPENING_S = 60.0
@@ -36,14 +38,14 @@ _NEVER_ENDING = 30_000
 
 @dataclass(frozen=True, slots=True)
 class SessionsPlan:
-    """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second. Most of it is the draft's, so that
-    the target has steps for so many prompts."""
+    """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second, with what the burst of all sessions
+    takes on two cores. Nearly all is the target's, whose steps take all sessions however they are spread in time."""
 
     num_sessions: int = 1000
     num_seconds: float = 15.0
     num_repeats: int = 2
-    step_ms: float = 100.0
-    token_ms: float = 200.0
+    step_ms: float = 850.0
+    token_ms: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,9 @@ class SessionsFigures:
 
 def measure(plan: SessionsPlan, on_phase: Callable[[], None] = lambda: None) -> SessionsFigures:
     """Starts a cluster; `on_phase` is called after each of 2 * num_repeats phases."""
+    # connections of a phase may still be closing when the next one's are opened
     room = str(plan.num_sessions + 24)
-    flags = {COORDINATOR: ("--max-generations", room, "--max-connections", str(plan.num_sessions + 64))}
+    flags = {COORDINATOR: ("--max-generations", room, "--max-connections", str(2 * plan.num_sessions + 64))}
     spec = simulated(plan.step_ms, plan.token_ms, max_sequences=plan.num_sessions + 24)
     with LoadCluster(spec, flags, num_coordinators=2) as cluster:
         runs = asyncio.run(_runs(plan, cluster, on_phase))
@@ -141,10 +144,10 @@ class _Phase:
 
     async def _session(self, number: int) -> None:
         address = self._addresses[number % len(self._addresses)]
-        options = GenerateOptions(max_tokens=_NEVER_ENDING, temperature=0.0, ignore_eos=True)
+        options = GenerateOptions(max_tokens=_NEVER_ENDING, temperature=1.0, ignore_eos=True, seed=number)
         await asyncio.sleep(number * _OPENING_GAP_S)
         async with OutriderClient(address, retry=NO_RETRY) as client:
-            generation = client.generate(str(number), options)
+            generation = client.generate(_PROMPT, options)
             try:
                 async with contextlib.aclosing(generation):
                     async for chunk in generation:
