@@ -60,6 +60,9 @@ bench-draft-length: setup ## The adaptive draft length against fixed ones, and p
 bench-commit: setup ## Tokens/s with a delay of 6 ms before Redis against those without (bench/results/commit_overlap.json)
 	$(BIN)/python -m bench.commit_overlap --json bench/results/commit_overlap.json $(ARGS)
 
+load: setup ## Overload, clients that do not read, 1,000 sessions, slow networks (bench/results/load.json; ARGS="--parts sessions")
+	$(BIN)/python -m bench.load --json bench/results/load.json $(ARGS)
+
 bench-engine: model ## The engine on this CPU beside transformers and the memory's limit (bench/results/engine.json, engine.png; ARGS=--quick)
 	$(BIN)/python -m bench.engine $(ARGS)
 
@@ -94,10 +97,10 @@ CHAOS_FAULTS ?= 150
 chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
 	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
 
-chaos-quick: setup ## The same with 14 faults
-	@$(BIN)/python -m tests.chaos --faults 14
+chaos-quick: setup ## The same with 20 faults
+	@$(BIN)/python -m tests.chaos --faults 20
 
-check: lint test fuzz-quick ## What CI runs
+check: lint test fuzz-quick chaos-quick ## What CI runs
 
 check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
 	$(BIN)/python -m deploy.tools.fetch
@@ -141,4 +144,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart load

@@ -23,7 +23,9 @@ if not torch.cuda.is_available():
 def tmp_path() -> Iterator[Path]:
     """Short, unlike pytest's own: sockets may lie below it, whose paths have at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="outrider-test-") as directory:
-        yield Path(directory)
+        path = Path(directory) / "tmp"
+        path.mkdir()
+        yield path
 
 
 @pytest.fixture(scope="session")

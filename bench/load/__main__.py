@@ -9,6 +9,7 @@ Parts that are in the file already and are not measured now are kept.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def main(chosen: str, json_file: Path | None) -> None:
         for name in names:
             progress.update(task, description=name)
             figures[name] = known[name].measure(lambda: progress.advance(task))
+            gc.collect()  # grpc.aio stays with the event loop of its last channel as long as that is referred to
     for name, measured in figures.items():
         for table in (*tables_of(measured), _goal_table(name, measured.goals)):
             results().print(table)

@@ -2,9 +2,9 @@
 
 Owns: that comparison. Must not know: how it is shown.
 
-Proxies stand before both workers. What a round takes beside the workers' own time is measured without a delay, as a
-user would measure it on one machine; the planner gets that, the simulated times, the acceptance that the run realised,
-and the injected delay. Nothing else of the delayed run goes in.
+Proxies stand before both workers. What the workers take for a round, and what it takes beside that, is measured without
+a delay, as a user would measure it on one machine. The planner gets that, the delay that was injected, and the
+acceptance that the run realised. Nothing else of the delayed run goes in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class DelayPlan:
     delay_ms: float = 5.0
     sizes: tuple[int, ...] = (1, 8)
     lengths: tuple[int, ...] = (2, 4, 8)
-    num_tokens: int = 256
-    num_repeats: int = 3
+    num_tokens: int = 160
+    num_repeats: int = 2
     step_ms: float = 40.0
     token_ms: float = 4.0
 
@@ -57,6 +58,8 @@ class Cell:
     planned_per_s: float
     undelayed_per_s: float
     undelayed_planned_per_s: float
+    times: Times
+    """What the planner was given without the delay, but for the acceptance."""
 
     @property
     def ratio(self) -> float:
@@ -68,8 +71,6 @@ class DelayFigures:
     delay_ms: float
     round_trip_ms: dict[str, tuple[float, float]]
     """Of a call through each worker's proxy, without and with the delay."""
-    base_delay_ms: float
-    overhead_ms: float
     cells: tuple[Cell, ...]
 
     @property
@@ -103,18 +104,13 @@ def measure(plan: DelayPlan, on_run: Callable[[], None] = lambda: None) -> Delay
                         taken = asyncio.run(runner.run(size, length, plan.num_tokens))
                         runs.setdefault((size, length, delayed), []).append(taken)
                         on_run()
-    alone = [
-        taken for (size, _, delayed), some in runs.items() if size == min(plan.sizes) and not delayed for taken in some
-    ]
-    overhead_ms = statistics.median(taken.cpu_ms for taken in alone)
-    base_ms = max(0.0, statistics.median(taken.overhead_ms for taken in alone) - overhead_ms) / 4
-    times = Times(plan.step_ms, 0.0, plan.token_ms, delay_ms=base_ms, overhead_ms=overhead_ms)
-    cells = tuple(
-        _cell(times, plan.delay_ms, size, length, runs[size, length, False], runs[size, length, True])
-        for size in plan.sizes
-        for length in plan.lengths
-    )
-    return DelayFigures(plan.delay_ms, round_trips, round(base_ms, 4), round(overhead_ms, 4), cells)
+    delays_ms = [(later - before) / 2 for before, later in round_trips.values()]
+    cells = []
+    for size, length in itertools.product(plan.sizes, plan.lengths):
+        quick, slow = runs[size, length, False], runs[size, length, True]
+        times = _undelayed_times(runs[min(plan.sizes), length, False], quick)
+        cells.append(_cell(times, statistics.fmean(delays_ms), size, length, quick, slow))
+    return DelayFigures(plan.delay_ms, round_trips, tuple(cells))
 
 
 def _calibrate(
@@ -145,6 +141,20 @@ def _cell(times: Times, delay_ms: float, size: int, length: int, quick: Sequence
         planned_per_s=_planned(later, size, length, slow),
         undelayed_per_s=_rate(quick),
         undelayed_planned_per_s=_planned(times, size, length, quick),
+        times=times,
+    )
+
+
+def _undelayed_times(alone: Sequence[Taken], runs: Sequence[Taken]) -> Times:
+    """The workers' own times and the network's from generations that run alone; the coordinator's work for a round, its
+    CPU time, from as many at once as are planned for."""
+    rounds = [r for taken in alone for s in taken.statistics for r in s.rounds if r.num_draft_tokens]
+    beside_ms = statistics.median(taken.overhead_ms for taken in alone) - statistics.fmean(t.cpu_ms for t in alone)
+    return Times(
+        step_ms=statistics.fmean(r.verify_ms for r in rounds),
+        token_ms=statistics.fmean(r.draft_ms / r.num_draft_tokens for r in rounds),
+        delay_ms=max(0.0, beside_ms) / 4,
+        overhead_ms=statistics.fmean(taken.cpu_ms for taken in runs),
     )
 
 

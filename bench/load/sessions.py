@@ -36,14 +36,14 @@ _NEVER_ENDING = 30_000
 
 @dataclass(frozen=True, slots=True)
 class SessionsPlan:
-    """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second, with what the burst of all sessions
-    takes on two cores."""
+    """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second. Most of it is the draft's, so that
+    the target has steps for so many prompts."""
 
     num_sessions: int = 1000
-    num_seconds: float = 20.0
-    num_repeats: int = 3
-    step_ms: float = 600.0
-    token_ms: float = 50.0
+    num_seconds: float = 15.0
+    num_repeats: int = 2
+    step_ms: float = 100.0
+    token_ms: float = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,19 @@ def measure(plan: SessionsPlan, on_phase: Callable[[], None] = lambda: None) -> 
     flags = {COORDINATOR: ("--max-generations", room, "--max-connections", str(plan.num_sessions + 64))}
     spec = simulated(plan.step_ms, plan.token_ms, max_sequences=plan.num_sessions + 24)
     with LoadCluster(spec, flags, num_coordinators=2) as cluster:
-        runs = []
-        for number in range(2 * plan.num_repeats):
-            used = cluster.coordinators[: 1 + number % 2]
-            phase = _Phase(plan, [cluster.address_of(n) for n in used], [cluster.pid_of(n) for n in used])
-            runs.append(asyncio.run(phase.run()))
-            on_phase()
+        runs = asyncio.run(_runs(plan, cluster, on_phase))
         limit = psutil.Process(cluster.pid_of(COORDINATOR)).rlimit(psutil.RLIMIT_NOFILE)[0]
     return SessionsFigures(plan.num_sessions, plan.num_sessions, limit, tuple(runs))
+
+
+async def _runs(plan: SessionsPlan, cluster: LoadCluster, on_phase: Callable[[], None]) -> list[Run]:
+    runs = []
+    for number in range(2 * plan.num_repeats):
+        used = cluster.coordinators[: 1 + number % 2]
+        phase = _Phase(plan, [cluster.address_of(n) for n in used], [cluster.pid_of(n) for n in used])
+        runs.append(await phase.run())
+        on_phase()
+    return runs
 
 
 class _Phase:
@@ -139,7 +144,7 @@ class _Phase:
         options = GenerateOptions(max_tokens=_NEVER_ENDING, temperature=0.0, ignore_eos=True)
         await asyncio.sleep(number * _OPENING_GAP_S)
         async with OutriderClient(address, retry=NO_RETRY) as client:
-            generation = client.generate(f"{number} is the number of this session", options)
+            generation = client.generate(str(number), options)
             try:
                 async with contextlib.aclosing(generation):
                     async for chunk in generation:

@@ -3,8 +3,10 @@
 Owns: both kinds of client, and the comparison. Must not know: how it is shown.
 
 Who does not read asks gRPC for a small window, so that little is under way when it stops: what is under way lies with
-the client, and bounds nothing of the service. They all begin together; once the coordinator has ended all of them,
-they read what is left, and begin again, as long as the phase lasts. The others run all the time.
+the client, and bounds nothing of the service. All of them begin together. As long as their windows and the
+coordinator's limit have room, they are generations as any other; once no token is generated for them any more, the
+others begin, and are measured until the coordinator has ended the last one of those who do not read. These then read
+what is left.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from outrider.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
 from bench.load.goals import Goal, ratio
-from bench.load.requests import NO_RETRY, Answer, Requests, after, reasons, tpot_of
+from bench.load.requests import NO_RETRY, Answer, Requests, reasons, tpot_of
 from bench.load.watch import Watched, watching
 from services.cli.bench.report import Percentiles
 from services.client import GenerateOptions, OutriderClient
@@ -33,6 +35,9 @@ MAX_TPOT_RATIO = 1.1
 SLOW_CLIENT = "SLOW_CLIENT"
 _WINDOW_BYTES = 1024
 _POLL_S = 0.2
+_READING_S = 10.0
+_ROUNDS = 8
+"""In which something would have been generated for who is not stalled."""
 _MAX_FILLING_S = 60.0
 """What unread tokens may take to gather."""
 _NEVER_ENDING = 30_000
@@ -47,9 +52,8 @@ class SlowPlan:
     num_slow: int = 200
     num_others: int = 32
     num_tokens: int = 64
-    phase_s: float = 25.0
     num_repeats: int = 2
-    slow_client_s: float = 10.0
+    slow_client_s: float = 25.0
     max_unread_tokens: int = 256
     step_ms: float = 90.0
     token_ms: float = 2.0
@@ -57,7 +61,7 @@ class SlowPlan:
 
 @dataclass(frozen=True, slots=True)
 class SlowFigures:
-    """`alone`: the others by themselves; `beside`: while the slow ones are there."""
+    """`alone`: the others by themselves; `beside`: while the slow ones are stalled."""
 
     num_slow: int
     num_others: int
@@ -116,12 +120,11 @@ class _Runner:
         seen: tuple[list[Watched], list[Watched]] = ([], [])
         async with OutriderClient(self._address, retry=NO_RETRY) as client:
             requests = Requests([client], options)
-            await self._others(requests, after(min(2.0, plan.phase_s), stop := asyncio.Event()), stop)
+            await self._others(requests, asyncio.sleep(min(2.0, plan.slow_client_s)))
             for _ in range(plan.num_repeats):
-                for number, until in enumerate((after, self._slow_ones)):
-                    stop = asyncio.Event()
+                for number, phase in enumerate((self._alone, self._beside)):
                     async with watching(client, self._pids) as watched:
-                        answers[number].extend(await self._others(requests, until(plan.phase_s, stop), stop))
+                        answers[number].extend(await phase(client, requests))
                     seen[number].append(watched)
                     self._on_phase()
         rss = [{name: max(w.max_rss_mib[name] for w in of) for name in self._pids} for of in seen]
@@ -139,24 +142,25 @@ class _Runner:
             max_rss_mib=(rss[0], rss[1]),
         )
 
-    async def _others(self, requests: Requests, until: Awaitable[None], stop: asyncio.Event) -> list[Answer]:
-        """What they were answered until `until` has set `stop`."""
-        answers, _ = await asyncio.gather(requests.closed(self._plan.num_others, stop), until)
-        return answers
+    async def _others(self, requests: Requests, until: Awaitable[object]) -> list[Answer]:
+        """What they were answered before `until` was over."""
+        stop = asyncio.Event()
 
-    async def _slow_ones(self, seconds: float, stop: asyncio.Event) -> None:
-        """Whole cycles of clients that do not read, for at least so long."""
-        until_s = time.perf_counter() + seconds
-        try:
-            while time.perf_counter() < until_s:
-                await self._cycle()
-        finally:
+        async def stopping() -> float:
+            await until
             stop.set()
+            return time.perf_counter()
 
-    async def _cycle(self) -> None:
+        answers, ended_s = await asyncio.gather(requests.closed(self._plan.num_others, stop), stopping())
+        return [answer for answer in answers if answer.started_s + answer.took_ms / 1e3 <= ended_s]
+
+    async def _alone(self, client: OutriderClient, requests: Requests) -> list[Answer]:
+        return await self._others(requests, asyncio.sleep(self._plan.slow_client_s))
+
+    async def _beside(self, client: OutriderClient, requests: Requests) -> list[Answer]:
         options = [*channel_options(MAX_PUBLIC_MESSAGE_BYTES)]
         options += [("grpc.http2.lookahead_bytes", _WINDOW_BYTES), ("grpc.http2.bdp_probe", 0)]
-        async with contextlib.AsyncExitStack() as stack, OutriderClient(self._address) as client:
+        async with contextlib.AsyncExitStack() as stack:
             calls = []
             for begin in range(0, self._plan.num_slow, _CHANNEL_SIZE):
                 channel = await stack.enter_async_context(grpc.aio.insecure_channel(self._address, options=options))
@@ -164,26 +168,38 @@ class _Runner:
                 for number in range(begin, min(begin + _CHANNEL_SIZE, self._plan.num_slow)):
                     calls.append(stub.Generate(_request(number)))
             await asyncio.gather(*[call.read() for call in calls])
-            if not await self._until_ended(client):
-                self._slow_ends["still running"] += len(calls)
-                return
+            await self._until_stalled(client)
+            answers = await self._others(requests, self._until_ended(client))
             await asyncio.gather(*[self._read_rest(call) for call in calls])
+        return answers
 
-    async def _until_ended(self, client: OutriderClient) -> bool:
-        """Whether the coordinator has ended all but the others' generations in time."""
-        deadline_s = time.perf_counter() + self._plan.slow_client_s + _MAX_FILLING_S
+    async def _until_stalled(self, client: OutriderClient) -> None:
+        """Until no token has been generated for a while."""
+        deadline_s, before = time.perf_counter() + _MAX_FILLING_S, -1
         while time.perf_counter() < deadline_s:
+            now = (await client.get_cluster_status()).activity.num_generated_tokens
+            if now == before:
+                return
+            before = now
+            await asyncio.sleep(_ROUNDS * (self._plan.step_ms + 4 * self._plan.token_ms) / 1e3)
+
+    async def _until_ended(self, client: OutriderClient) -> None:
+        """Until the coordinator has ended all but the others' generations, or should have."""
+        deadline_s = time.perf_counter() + 2 * self._plan.slow_client_s
+        while time.perf_counter() < deadline_s:
+            await asyncio.sleep(_POLL_S)
             status = await client.get_cluster_status()
             if status.num_requests_running + status.num_requests_waiting <= self._plan.num_others:
-                return True
-            await asyncio.sleep(_POLL_S)
-        return False
+                return
 
     async def _read_rest(self, call: Any) -> None:
         num_tokens, reason = 0, "ok"
         try:
-            while (response := await call.read()) is not grpc.aio.EOF:
-                num_tokens += len(response.token_ids)
+            async with asyncio.timeout(_READING_S):
+                while (response := await call.read()) is not grpc.aio.EOF:
+                    num_tokens += len(response.token_ids)
+        except TimeoutError:
+            reason = "none"  # it runs on
         except grpc.aio.AioRpcError as failure:
             error = error_from_rpc(failure)
             reason = error.reason if isinstance(error, Aborted) else type(error).__name__

@@ -26,6 +26,7 @@ from services.cli.vocabulary import differ
 from services.common.drafters import LOOKUPS, needs_model, parse_chain
 
 SIMULATED = "simulated"
+SAMPLE, SAMPLE_DRAFT = "sample", "sample-draft"
 DTYPES = ("float32", "bfloat16", "float16")
 _HOST = "127.0.0.1"
 _REDIS_TIMEOUT_S, _WORKER_TIMEOUT_S, _COORDINATOR_TIMEOUT_S = 10.0, 300.0, 30.0
@@ -47,12 +48,12 @@ class PoolSpec(NamedTuple):
 class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
 
-    `target` and `draft` are `sample`, a Hugging Face id, a directory, a GGUF file or `simulated`; `draft` counts for
-    drafters with a model only. The simulated latencies count for simulated workers only.
+    `target` and `draft` are `sample`, `sample-draft`, a Hugging Face id, a directory, a GGUF file or `simulated`;
+    `draft` counts for drafters with a model only. The simulated latencies count for simulated workers only.
     """
 
-    target: str = "sample"
-    draft: str = "sample"
+    target: str = SAMPLE
+    draft: str = SAMPLE_DRAFT
     drafter: str = "ngram"
     dtype: str = "float32"
     device: str = "cpu"
@@ -88,6 +89,18 @@ class ClusterSpec:
 
 def _ports(first: int, number: int) -> tuple[int, ...]:
     return (first, *[0] * (number - 1))
+
+
+def default_draft(target: str) -> str:
+    """The draft model that is at hand for a target; empty where there is none."""
+    return {SAMPLE: SAMPLE_DRAFT, SIMULATED: SIMULATED}.get(target, "")
+
+
+def default_drafter(target: str, draft: str) -> str:
+    """What usually pays: earlier text where it repeats, else the draft model if there is one."""
+    if target == SIMULATED:
+        return SIMULATED
+    return "suffix,model" if draft else "ngram"
 
 
 def worker_names(service: str, number: int) -> list[str]:
@@ -298,6 +311,8 @@ class PreparedModel(NamedTuple):
 def prepare_pool(pool: PoolSpec, target: PreparedModel) -> tuple[PreparedModel | None, str]:
     """The pool's model, if it has one, and the target's tokenizer where the draft needs it. Raises CommandFailed."""
     chain = parse_chain(pool.drafter)
+    if needs_model(chain) and not pool.draft:
+        raise CommandFailed(f"the drafter {pool.drafter} needs a draft model: name one with --draft")
     draft = prepare_model(pool.draft) if needs_model(chain) else None
     translates = chain[-1] not in LOOKUPS and differ(target.directory, draft.directory if draft else SIMULATED)
     return draft, target.directory if translates else ""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from services.cli.cluster import DTYPES, SIMULATED, ClusterSpec
+from services.cli.cluster import DTYPES, SIMULATED, ClusterSpec, default_draft, default_drafter
 from services.client import Access
 from services.common.drafters import DRAFTER_HELP, parse_chain
 from services.common.errors import ConfigError
@@ -105,11 +105,15 @@ _CLUSTER_OPTIONS = (
         show_default=True,
         help="Target model: sample, a Hugging Face id, a directory, a GGUF file, or simulated.",
     ),
-    click.option("--draft", default="sample", show_default=True, help="Draft model, for --drafter model and staged."),
+    click.option(
+        "--draft",
+        help="Draft model, for --drafter model and staged: as --target.  [default: sample-draft for the sample target]",
+    ),
     click.option(
         "--drafter",
         callback=_chain,
-        help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: ngram, or simulated with a simulated target]",
+        help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: suffix,model with the sample "
+        "target, simulated with a simulated one, else ngram; suffix,model with --draft]",
     ),
     click.option(
         "--targets",
@@ -177,7 +181,6 @@ _CLUSTER_OPTIONS = (
 )
 
 _SPEC_FIELDS = (
-    "draft",
     "dtype",
     "device",
     "threads",
@@ -211,12 +214,14 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def with_spec(**options: Any) -> Any:
-        target, drafter = options.pop("target"), options.pop("drafter")
+        target, draft, drafter = (options.pop(name) for name in ("target", "draft", "drafter"))
         if options.pop("simulated"):
             target = SIMULATED
+        draft = draft or default_draft(target)
         spec = ClusterSpec(
             target=target,
-            drafter=drafter or (SIMULATED if target == SIMULATED else "ngram"),
+            draft=draft,
+            drafter=drafter or default_drafter(target, draft),
             **{name: options.pop(name) for name in _SPEC_FIELDS},
         )
         return command(spec=spec, **options)

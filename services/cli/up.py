@@ -78,7 +78,8 @@ def up(
 ) -> None:
     """Start coordinator, draft, target and a bundled Redis-compatible server here, on loopback, and keep them running.
 
-    Without options: the sample model (downloaded once) in float32 on CPU, with the n-gram drafter. Ctrl-C or SIGTERM
+    Without options: the sample model (downloaded once) in float32 on CPU, drafted for by a
+    suffix tree and the sample draft. Ctrl-C or SIGTERM
     stops everything. With --json one line with the addresses is printed once all are ready.
     """
     if len({pool.name for pool in named_pools}) < len(named_pools):

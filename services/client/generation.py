@@ -26,6 +26,9 @@ from services.common.rpc import error_from_rpc
 
 _TRANSPORT_REASONS = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED"})
 """Reasons of errors without ErrorInfo: a proxy or the transport ended the stream, not a coordinator."""
+_CROWDED, _TOO_LARGE = "RESOURCE_EXHAUSTED", "larger than max"
+"""Reason of an exhaustion without ErrorInfo, and what its text has where the message was too large: all others come
+from a server with more calls at once than it looks at."""
 _END_OF_STREAM_TIMEOUT_S = 1.0
 _MAX_OWNERSHIP_LOSSES = 3
 """Of one generation. A stream of its own that it had given up for dead may wake and take it; two clients that go on
@@ -37,7 +40,10 @@ _Call = grpc.aio.UnaryStreamCall[coordinator_pb2.GenerateRequest, coordinator_pb
 def is_resumable(error: BaseException) -> bool:
     """Whether another stream may go on where this error ended one. A full or a busy server says so if it is to be asked
     again."""
-    if isinstance(error, ResourceExhausted) or (isinstance(error, Aborted) and error.reason == "SESSION_BUSY"):
+    if isinstance(error, ResourceExhausted):
+        crowded = error.reason == _CROWDED and _TOO_LARGE not in error.message
+        return crowded or error.retry_after_ms is not None
+    if isinstance(error, Aborted) and error.reason == "SESSION_BUSY":
         return error.retry_after_ms is not None
     return isinstance(error, Unavailable) or (isinstance(error, Internal) and error.reason in _TRANSPORT_REASONS)
 

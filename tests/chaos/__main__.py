@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -174,12 +175,9 @@ def main(
     findings = uvloop.run(run(setup, num_faults, seed, directory))
     show(findings, Console())
     if json_file:
-        about = {
-            "models": models,
-            "num_clients": setup.num_clients,
-            "seed": seed,
-            "environment": dataclasses.asdict(environment(sys.argv)),
-        }
+        command = shlex.join(["python", "-m", "tests.chaos", *sys.argv[1:]])
+        taken = dataclasses.asdict(environment([])) | {"command": command}
+        about = {"models": models, "num_clients": setup.num_clients, "seed": seed, "environment": taken}
         json_file.write_text(json.dumps(document(findings, about), indent=2) + "\n")
     if findings.failed:
         sys.exit(f"the logs are in {directory}")

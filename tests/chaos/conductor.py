@@ -21,7 +21,7 @@ from tests.chaos.watch import Watch
 
 _POLL_S = 0.05
 _MAX_WAIT_S = 30.0
-_GAP_S = (0.5, 1.5)
+_GAP_S = (0.3, 1.0)
 _AFTER_REDIS_S = 1.5
 """From an outage of Redis to the next fault: a coordinator that is lost before its records are complete leaves them
 short, as documented."""

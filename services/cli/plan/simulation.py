@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-MAX_HOLD_MS = 100.0
+from services.cli.plan.hold import Away, Ready, held_until_ms
+
 GAP_WEIGHT = 0.125
 DEVIATION_WEIGHT = 0.25
 MIN_SLACK = 0.125
@@ -108,6 +109,11 @@ class _Sequence:
         if self.left_ms is None or not self.gap_ms:
             return 0.0
         return self.left_ms + self.gap_ms + max(4 * self.deviation_ms, MIN_SLACK * self.gap_ms, MIN_SLACK_MS)
+
+    @property
+    def usual_ms(self) -> float:
+        """When it is back in all but rare cases; it is away."""
+        return (self.left_ms or 0.0) + self.gap_ms + 2 * self.deviation_ms
 
     def come_back(self, now_ms: float) -> None:
         if self.left_ms is None:
@@ -233,18 +239,17 @@ class _Simulation:
     def _held_until(self, target: _Target) -> float:
         """When the step is to begin at the latest, if those who are due come back: now, where that does not pay."""
         rows = self._setting.num_draft_tokens + 1
-        step_ms = self._times.rows_ms(len(target.waiting) * rows)
-        bound_ms = min(MAX_HOLD_MS, step_ms)
-        due = [s for s in target.members if s.due_ms > self._now_ms and s.gap_ms <= bound_ms]
-        if not due:
-            return self._now_ms
-        longest_ms = max(s.gap_ms + 2 * s.deviation_ms for s in due)
-        held_ms = longest_ms + self._times.rows_ms((len(target.waiting) + len(due)) * rows)
-        if step_ms + self._times.rows_ms(len(due) * rows) <= held_ms:
-            return self._now_ms
-        if target.held_since_ms is None:
-            target.held_since_ms = self._now_ms
-        return min(max(s.due_ms for s in due), target.held_since_ms + bound_ms)
+        since_ms = self._now_ms if target.held_since_ms is None else target.held_since_ms
+        away = [
+            Away(s.usual_ms, s.due_ms, s.gap_ms, s.deviation_ms, rows)
+            for s in target.members
+            if s.due_ms > self._now_ms
+        ]
+        ready = Ready(since_ms, len(target.waiting), len(target.waiting) * rows)
+        until_ms = held_until_ms(self._now_ms, ready, away, self._times.rows_ms)
+        if until_ms > self._now_ms:
+            target.held_since_ms = since_ms
+        return until_ms
 
     def _verified(self, target: _Target, members: list[_Sequence]) -> None:
         target.busy = False

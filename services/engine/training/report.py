@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,10 @@ def write_report(
     corpus_tokens: int,
     size: int,
 ) -> dict[str, object]:
-    """Writes and returns report.json's content."""
+    """Writes and returns report.json's content. It travels with the draft: directories stand by their last part."""
+    paths = {name: Path(getattr(config, name)) for name in ("target", "out", "self_play", "start")}
+    named: dict[str, Any] = {name: path.name for name, path in paths.items() if path.exists()}
+    config = replace(config, **named)
     content: dict[str, object] = {
         "command": command(config),
         "target": config.target,
@@ -82,6 +86,8 @@ def plot_curve(progress: Progress, path: Path) -> None:
     twin.set(ylabel="tokens a verify step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+    left.legend()
+    lines = [*right.get_lines(), *twin.get_lines()]
+    right.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -18,11 +18,13 @@ from services.cli.cluster import (
     coordinator_flags,
     draft_flags,
     pool_addresses,
+    prepare_pool,
     split_threads,
     target_flags,
     worker_names,
 )
 from services.cli.failure import CommandFailed
+from services.cli.options import cluster_options
 from services.cli.up import DraftPool, up
 from services.cli.vocabulary import differ
 from services.common.config import load
@@ -145,6 +147,30 @@ def test_a_draft_of_another_vocabulary_is_told_of_the_targets_unless_it_is_simul
         differ(target, "simulated")
     with pytest.raises(CommandFailed, match=r"cannot read .*tokenizer\.json"):
         differ(target, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("sample", "suffix,model", "sample-draft")),
+        (["--simulated"], ("simulated", "simulated", "simulated")),
+        (["--target", "other"], ("other", "ngram", "")),
+        (["--target", "other", "--draft", "small"], ("other", "suffix,model", "small")),
+        (["--drafter", "ngram"], ("sample", "ngram", "sample-draft")),
+    ],
+)
+def test_the_default_draft_is_what_is_at_hand_for_the_target(arguments, expected):
+    @click.command()
+    @cluster_options
+    def command(spec):
+        click.echo(repr((spec.target, spec.drafter, spec.draft)))
+
+    assert CliRunner().invoke(command, arguments).output.strip() == repr(expected)
+
+
+def test_a_drafter_with_a_model_needs_one_named():
+    with pytest.raises(CommandFailed, match="the drafter suffix,model needs a draft model: name one with --draft"):
+        prepare_pool(PoolSpec("", "suffix,model", ""), MODEL)
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from outrider.v1 import coordinator_pb2 as pb
 
 from services.client import Chat, GenerateOptions, OutriderClient, RetryPolicy, TokenIds
 from services.common.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.values import FinishReason, TokenOrigin, VerificationMethod
-from tests.fakes.coordinator import WORDS, FakeCoordinator, finished, play, serving, tokens, whole
+from tests.fakes.coordinator import WORDS, FakeCoordinator, finished, play, serving, started, tokens, whole
 
 QUICK = RetryPolicy(
     max_attempts=4,
@@ -142,6 +143,44 @@ async def test_exhaustion_is_retried_only_when_the_server_says_when():
     async with client_of(FakeCoordinator(play(never, start=False), whole(2))) as client:
         with pytest.raises(ResourceExhausted):
             await client.complete("hi")
+
+
+async def test_a_server_with_too_many_calls_to_look_at_another_is_asked_again():
+    """Its gRPC refuses them, without a reason and without a time to retry."""
+    let_go = asyncio.Event()
+
+    async def held(request: pb.GenerateRequest):
+        for response in (started(request), tokens(0, 1)):
+            yield response
+        await let_go.wait()
+        for response in (tokens(1, 1), finished(2)):
+            yield response
+
+    fake = FakeCoordinator(held, whole(2))
+    limits = ServerLimits(max_concurrent_rpcs=1)
+    server = GrpcServer("127.0.0.1", 0, limits=limits, reflect=False, stop_grace_s=0.0)
+    server.add(pb.DESCRIPTOR.services_by_name["CoordinatorService"], fake)
+    patient = RetryPolicy(max_attempts=50, max_attempts_unreached=50, initial_backoff_s=0.01, max_backoff_s=0.02)
+    async with server, OutriderClient(f"127.0.0.1:{server.port}", retry=patient) as client:
+        first = client.generate("hi")
+        await anext(aiter(first))
+        impatient = OutriderClient(f"127.0.0.1:{server.port}", retry=RetryPolicy(max_attempts_unreached=1))
+        async with impatient:
+            with pytest.raises(ResourceExhausted, match="oncurrent"):
+                await impatient.complete("hi")
+        second = asyncio.create_task(client.complete("hi"))
+        let_go.set()
+        assert (await second).token_ids == (100, 101)
+        assert (await first.complete()).token_ids == (100, 101)
+
+
+async def test_a_message_that_is_too_large_is_not_sent_again():
+    fake = FakeCoordinator(whole(2))
+    async with client_of(fake) as client:
+        generation = client.generate("x" * (MAX_PUBLIC_MESSAGE_BYTES + 1))
+        with pytest.raises(ResourceExhausted, match="larger than max") as caught:
+            await generation.complete()
+    assert "attempts" not in caught.value.message
 
 
 async def test_a_busy_session_is_asked_for_again_when_the_server_says_when_and_not_for_ever():

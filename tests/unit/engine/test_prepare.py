@@ -57,6 +57,12 @@ def wheel(monkeypatch: pytest.MonkeyPatch) -> Wheel:
     return fake
 
 
+def test_the_sample_draft_is_part_of_the_package(tmp_path: Path) -> None:
+    directory = resolve_model("sample-draft", tmp_path, Reporter())
+    assert json.loads((directory / "config.json").read_text())["outrider_draft"]["target"] == "sample"
+    assert display_name("sample-draft") == "smollm2-135m-instruct-draft"
+
+
 def test_a_directory_is_used_as_it_is(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model")
     assert resolve_model(str(directory), tmp_path / "cache", QUIET) == directory

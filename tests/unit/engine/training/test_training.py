@@ -39,6 +39,7 @@ def test_a_trained_draft_foresees_more_than_chance(trained: Path) -> None:
     assert report["held_out"]["greedy_acceptance"] > 20 * RANDOM_ACCEPTANCE
     assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
     assert report["trained_tokens"] >= 60_000
+    assert str(trained.parent) not in json.dumps(report)
 
 
 def test_a_trained_draft_ships_neither_embedding_nor_head(trained: Path) -> None:
