@@ -29,7 +29,7 @@ from services.common.errors import OutriderError
 
 MAX_CPU_RATIO = 1.1
 _PROMPT = "Tell me of the sea, and of ships."
-"""One for all, of two blocks and a token, so that its prefill does not hold the rounds up for a minute; their seeds make the sessions differ."""
+"""One for all, of two blocks and a token, so that prefill holds no rounds up; seeds make the sessions differ."""
 _POLL_S = 0.1
 _OPENING_GAP_S = 0.02
 _MAX_OPENING_S, _MAX_ENDING_S = 90.0, 30.0
