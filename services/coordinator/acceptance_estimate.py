@@ -28,6 +28,8 @@ POOL_WEIGHT = 2.0
 SEQUENCE_WEIGHT = 8.0
 """m: observations that the pool counts for."""
 POOL_WINDOW = 512.0
+NEWS_SHARE = 1.0 / 32.0
+"""Part of the pool's evidence that may be newer than its estimate, which all sequences ask for in every round."""
 SEQUENCE_WINDOW = 48.0
 """Observations of a position after which older ones have lost most of their weight."""
 MAX_ALPHA = 0.995
@@ -59,6 +61,7 @@ class PoolAcceptance:
     def __init__(self) -> None:
         self._evidence = Evidence(POOL_WINDOW)
         self._alphas: list[float] | None = None
+        self._num_news = 0
 
     @property
     def num_reached(self) -> float:
@@ -69,7 +72,7 @@ class PoolAcceptance:
     def alphas(self) -> list[float]:
         """By position, from the first."""
         if self._alphas is None:
-            self._alphas, alpha = [], PRIOR
+            self._alphas, alpha, self._num_news = [], PRIOR, 0
             for reached, accepted in zip(self._evidence.reached, self._evidence.accepted, strict=True):
                 alpha = (accepted + POOL_WEIGHT * alpha) / (reached + POOL_WEIGHT)
                 self._alphas.append(alpha)
@@ -77,7 +80,9 @@ class PoolAcceptance:
 
     def observe(self, num_accepted: int, num_reached: int) -> None:
         self._evidence.observe(num_accepted, num_reached)
-        self._alphas = None
+        self._num_news += 1
+        if self._num_news > NEWS_SHARE * self.num_reached:
+            self._alphas = None
 
     def discount(self, max_reached: float) -> None:
         """Forgets so much that news counts: at most `max_reached` observations of the first position are left."""

@@ -12,7 +12,7 @@ from services.draft.config import DraftConfig
 @pytest.mark.parametrize(
     ("text", "chain", "uses_model"),
     [
-        *((name, (name,), name in ("model", "features", "staged")) for name in DRAFTERS),
+        *((name, (name,), name in ("model", "features", "mtp", "staged")) for name in DRAFTERS),
         ("suffix,model", ("suffix", "model"), True),
         ("suffix, ngram ,staged", ("suffix", "ngram", "staged"), True),
         ("ngram,suffix", ("ngram", "suffix"), False),

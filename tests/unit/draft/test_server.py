@@ -66,8 +66,8 @@ def test_a_smaller_drafter_is_closed_where_the_model_cannot_be_loaded(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_draft_prob": 0.3}, "min_draft_prob: it goes with the drafters model"),
-        ({"min_draft_prob": 0.3, "drafter": "model", "target_tokenizer": "x"}, "min_draft_prob: it goes with"),
+        ({"min_draft_prob": 0.3}, "min_draft_prob: only for model, features and mtp"),
+        ({"min_draft_prob": 0.3, "drafter": "model", "target_tokenizer": "x"}, "min_draft_prob: only for model"),
         ({"min_draft_prob": 1.5, "drafter": "model"}, r"min_draft_prob: 1\.5 is not between 0 and 1"),
     ],
 )

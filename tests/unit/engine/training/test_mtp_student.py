@@ -41,7 +41,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("draft")
-    assert train(settings(target, out, kind="mtp", heads=NUM_HEADS, train_tokens=40_000))
+    assert train(settings(target, out, kind="mtp", heads=NUM_HEADS, train_tokens=150_000, learning_rate=1e-2))
     return out
 
 
@@ -91,8 +91,8 @@ def test_trained_heads_foresee_more_than_untrained_ones(target: Path, trained: P
     train(settings(target, tmp_path, stage="train", train_tokens=1, **shards))
     before, after = (json.loads((out / "report.json").read_text())["held_out"] for out in (tmp_path, trained))
     assert after["num_tokens"] == before["num_tokens"] > 50
-    assert after["loss"] < 0.8 * before["loss"]
-    assert after["greedy_acceptance"] > before["greedy_acceptance"] + 0.05
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["greedy_acceptance"] > before["greedy_acceptance"] + 0.04
     assert len(after["conditional_acceptance"]) == NUM_HEADS
 
 
