@@ -16,6 +16,9 @@ trying each, with the tokens that are worth their price, and the price anew from
 nonlinear fractional programming"). Depth 0: all decode alone. A sequence that would clearly be faster alone than beside
 the others decodes alone too, and forgets why as it goes on.
 
+Where many draft, each has one of few lengths: those that end together travel in one message, and every further message
+costs all three services time that no worker reports.
+
 Probes: while all decode alone, one sequence at a time drafts PROBE_LEN tokens a round until a round accepts nothing.
 The next probe waits 1 / PROBE_SHARE of the time that this one took, of all sequences' decoding; twice as long after
 each that changed nothing, up to MAX_BACKOFF times.
@@ -51,6 +54,10 @@ FADE = 1.0 - 1.0 / 256.0
 """What is left of a sequence's evidence for each token that it decodes alone."""
 MAX_GROWTH = 2
 """Tokens that rounds may become longer at a time: deep positions are judged by shallow ones until they are reached."""
+MANY = 16
+"""Sequences of a pool from which on lengths are brought together."""
+STOPS = (1 / 3, 2 / 3, 1.0)
+"""Where they are: shares of the depth."""
 FILL_WEIGHT = 0.02
 NUM_PASSES = 3
 
@@ -201,6 +208,13 @@ class LengthPolicy:
                 self.probes.succeeded()
         return self._choice
 
+    def gathered(self, num_tokens: int) -> int:
+        """A sequence's length, where there are many the nearest of few; the longer of two as near."""
+        if len(self._sequences) < MANY or not num_tokens:
+            return num_tokens
+        stops = (round(share * self._choice.depth) or 1 for share in STOPS)
+        return min(stops, key=lambda stop: (abs(stop - num_tokens), -stop))
+
     @property
     def patience(self) -> float:
         """Drafting goes on down to this rate, relative to decoding alone: a few rounds may mislead."""
@@ -313,7 +327,7 @@ class AdaptiveLength:
         worthy = [s for s in self.survivals[: choice.depth] if s > choice.price]
         if 1.0 + sum(worthy) < choice.slowdown * self._policy.patience / OPT_OUT:
             return 0
-        return min(limit, len(worthy))
+        return min(limit, self._policy.gathered(len(worthy)))
 
     def round(self, num_asked: int, proposed: Proposed, verified: Tokens, wall_ns: int) -> None:
         num_accepted = min(verified.num_accepted_tokens, num_asked)

@@ -13,6 +13,7 @@ from services.common.values import Proposal
 from services.coordinator.draft_length import (
     MAX_BACKOFF,
     PROBE_LEN,
+    STOPS,
     AdaptiveLength,
     FixedLength,
     LengthPolicy,
@@ -177,3 +178,14 @@ def test_a_hopeless_sequence_among_good_ones_decodes_alone() -> None:
             run.advance()
     assert all(min(run.drafted[-100:]) >= 4 for run in good)
     assert sum(k > 0 for k in hopeless.drafted[-300:]) < 30
+
+
+@pytest.mark.parametrize(("num_sequences", "most"), [(32, len(STOPS)), (12, 12)])
+def test_many_sequences_draft_one_of_few_lengths_so_that_they_travel_together(num_sequences: int, most: int) -> None:
+    policy = LengthPolicy()
+    last = num_sequences - 1
+    runs = [Run(policy, acceptance=0.6 + 0.35 * n / last, token_ms=0.1) for n in range(num_sequences)]
+    for _ in range(100):
+        lengths = {run.advance() for run in runs} - {0}
+    assert 1 < len(lengths) <= most
+    assert (len(lengths) > len(STOPS)) == (most > len(STOPS))
