@@ -28,23 +28,23 @@ from services.client import GenerateOptions, OutriderClient
 from services.common.errors import OutriderError
 
 MAX_CPU_RATIO = 1.1
-_PROMPT = "Tell me a story of thirty-three characters."
-"""One for all, so that its prefill does not hold the rounds up for a minute; their seeds make the sessions differ."""
+_PROMPT = "Tell me of the sea, and of ships."
+"""One for all, of two blocks and a token, so that prefill holds no rounds up; seeds make the sessions differ."""
 _POLL_S = 0.1
-_OPENING_GAP_S = 0.005
-_MAX_OPENING_S = 60.0
+_OPENING_GAP_S = 0.02
+_MAX_OPENING_S, _MAX_ENDING_S = 90.0, 30.0
 _NEVER_ENDING = 30_000
 
 
 @dataclass(frozen=True, slots=True)
 class SessionsPlan:
     """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second, with what the burst of all sessions
-    takes on two cores. Nearly all is the target's, whose steps take all sessions however they are spread in time."""
+    takes on two cores: opened one after the other, they share two steps of the target that take turns."""
 
     num_sessions: int = 1000
     num_seconds: float = 15.0
     num_repeats: int = 2
-    step_ms: float = 850.0
+    step_ms: float = 450.0
     token_ms: float = 5.0
 
 
@@ -111,8 +111,21 @@ async def _runs(plan: SessionsPlan, cluster: LoadCluster, on_phase: Callable[[],
         used = cluster.coordinators[: 1 + number % 2]
         phase = _Phase(plan, [cluster.address_of(n) for n in used], [cluster.pid_of(n) for n in used])
         runs.append(await phase.run())
+        await _until_none_runs(phase.addresses)
         on_phase()
     return runs
+
+
+async def _until_none_runs(addresses: Sequence[str]) -> None:
+    """Until the coordinators have noticed that the sessions' clients are gone, and have freed what they held."""
+    deadline_s = time.perf_counter() + _MAX_ENDING_S
+    for address in addresses:
+        async with OutriderClient(address) as client:
+            while time.perf_counter() < deadline_s:
+                status = await client.get_cluster_status()
+                if not status.num_requests_running + status.num_requests_waiting:
+                    break
+                await asyncio.sleep(_POLL_S)
 
 
 class _Phase:
@@ -120,7 +133,7 @@ class _Phase:
 
     def __init__(self, plan: SessionsPlan, addresses: Sequence[str], pids: Sequence[int]) -> None:
         self._plan = plan
-        self._addresses = addresses
+        self.addresses = addresses
         self._processes = [psutil.Process(pid) for pid in pids]
         self._arrivals: list[list[float]] = [[] for _ in range(plan.num_sessions)]
         self._errors: list[OutriderError] = []
@@ -131,7 +144,7 @@ class _Phase:
         try:
             await self._until_all_run()
             async with contextlib.AsyncExitStack() as stack:
-                watchers = [await stack.enter_async_context(OutriderClient(at)) for at in self._addresses]
+                watchers = [await stack.enter_async_context(OutriderClient(at)) for at in self.addresses]
                 before, began_s = await _activity(watchers), time.perf_counter()
                 await asyncio.sleep(plan.num_seconds)
                 after, ended_s = await _activity(watchers), time.perf_counter()
@@ -143,7 +156,7 @@ class _Phase:
         return self._figures(before, after, began_s, ended_s, max_fds)
 
     async def _session(self, number: int) -> None:
-        address = self._addresses[number % len(self._addresses)]
+        address = self.addresses[number % len(self.addresses)]
         options = GenerateOptions(max_tokens=_NEVER_ENDING, temperature=1.0, ignore_eos=True, seed=number)
         await asyncio.sleep(number * _OPENING_GAP_S)
         async with OutriderClient(address, retry=NO_RETRY) as client:
@@ -171,7 +184,7 @@ class _Phase:
         cpu_ms = (after.cpu_ns - before.cpu_ns) / 1e6
         errors = Counter(error.reason for error in self._errors)
         return Run(
-            num_coordinators=len(self._addresses),
+            num_coordinators=len(self.addresses),
             num_rounds=num_rounds,
             cpu_ms_per_round=round(cpu_ms / num_rounds, 5) if num_rounds else None,
             rounds_per_s_a_session=round(num_rounds / (ended_s - began_s) / len(self._arrivals), 3),

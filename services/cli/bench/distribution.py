@@ -21,6 +21,7 @@ from services.cli.bench.sample import Mode
 from services.cli.prompts import Conversation
 from services.cli.terminal import progress_bar
 from services.client import Access, Chat, OutriderClient, Result
+from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
 CONTINUATION_LEN = 8
 DEFAULT_NUM_SAMPLES = 1000
@@ -49,7 +50,10 @@ async def draw_and_compare(
     console: Console,
     access: Access | None = None,
 ) -> DistributionCheck:
-    """Draws `num_samples` continuations in each mode, in turns. Raises OutriderError where a request fails."""
+    """Draws `num_samples` continuations in each mode, in turns. Raises OutriderError where a request fails.
+
+    Drafts a fixed number of tokens where none is given: few tokens are over before the adaptive length has learnt.
+    """
     drawn: dict[Mode, list[Result]] = {mode: [] for mode in Mode}
     text = conversation.turns[0]
     prompt = text if plan.raw else Chat.of(text)
@@ -60,9 +64,10 @@ async def draw_and_compare(
 
             async def place() -> None:
                 for mode, seed in waiting:
-                    options = replace(plan.options, seed=seed)
-                    if mode is Mode.PLAIN:
-                        options = replace(options, num_draft_tokens=0)
+                    given = plan.options.num_draft_tokens
+                    speculative = DEFAULT_NUM_DRAFT_TOKENS if given is None else given
+                    num_draft_tokens = 0 if mode is Mode.PLAIN else speculative
+                    options = replace(plan.options, seed=seed, num_draft_tokens=num_draft_tokens)
                     drawn[mode].append(await client.complete(prompt, options))
                     progress.advance(task)
 

@@ -23,6 +23,7 @@ from services.cli.cluster import SIMULATED, Cluster, ClusterSpec
 from services.cli.failure import CommandFailed
 from services.cli.prompts import Conversation
 from services.cli.terminal import Stages
+from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
 NUM_SESSIONS = (1, 64)
 _NUM_REPEATS = 3
@@ -42,7 +43,14 @@ class OverheadReport:
 
 
 def measure_overhead(plan: LoadPlan, conversation: Conversation, console: Console) -> tuple[OverheadReport, ...]:
-    """Starts a simulated cluster without latencies; the numbers of sessions alternate. Raises CommandFailed."""
+    """Starts a simulated cluster without latencies; the numbers of sessions alternate. Raises CommandFailed.
+
+    Drafts a fixed number of tokens: as many as pay, where a target's tokens cost nothing, are none.
+    """
+    if plan.options.num_draft_tokens is None:
+        plan = dataclasses.replace(
+            plan, options=dataclasses.replace(plan.options, num_draft_tokens=DEFAULT_NUM_DRAFT_TOKENS)
+        )
     spec = ClusterSpec(
         target=SIMULATED, drafter=SIMULATED, simulated_step_ms=0.0, simulated_row_ms=0.0, simulated_token_ms=0.0
     )

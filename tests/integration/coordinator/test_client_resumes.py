@@ -96,6 +96,7 @@ async def test_no_token_is_lost_or_doubled_whatever_is_cut(
         seen = await reading
         assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
         assert generation.result.num_resumptions > 0
+    async with OutriderClient(f"127.0.0.1:{cluster.coordinator.port}") as client:
         record = await client.get_session(generation.session_id)
         assert list(record.token_ids[record.prompt_len :]) == whole.token_ids
 
