@@ -22,6 +22,7 @@ from services.client.connections import Connections
 from services.client.values import Chunk, Result, RetryPolicy, Token
 from services.client.wire import finish_reason_from_proto, statistics_from_proto, tokens_from_proto
 from services.common.errors import Aborted, DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
+from services.common.patience import patience
 from services.common.rpc import error_from_rpc
 
 _TRANSPORT_REASONS = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED"})
@@ -197,7 +198,7 @@ class Generation:
         else:
             timeout_s = self._policy.heartbeat_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patience(timeout_s):
                 response = await self._call.read()
         except TimeoutError:
             raise Unavailable("STREAM_BROKEN", f"no message from the coordinator for {timeout_s:g} s") from None

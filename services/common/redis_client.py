@@ -12,6 +12,8 @@ sentinel_username and sentinel_password are what the Sentinels themselves ask fo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -21,15 +23,21 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common.errors import ConfigError
+from services.common.patience import patience
 
 SENTINEL_PORT = 26_379
+MAX_CONNECTIONS = 100
+"""Of one client, unless its URL says otherwise. A command that finds them all in use fails as if there were no server,
+so callers bound how much they ask at once."""
 _SENTINEL = "+sentinel"
 
 
 def connect(url: str, timeout_s: float) -> Redis:
-    """Opens no connection yet. Each command gives up after `timeout_s`, and is tried once: callers know when to retry.
+    """Opens no connection yet. Each command gives up after `timeout_s` of the event loop's own time
+    (services.common.patience), and is tried once: callers know when to retry.
 
     Raises ConfigError for a `url` of no known form.
     """
@@ -39,6 +47,7 @@ def connect(url: str, timeout_s: float) -> Redis:
         "socket_connect_timeout": timeout_s,
         "retry": Retry(NoBackoff(), 0),
         "client_name": "outrider",
+        "max_connections": MAX_CONNECTIONS,
     }
     try:
         if urlsplit(url).scheme.endswith(_SENTINEL):
@@ -49,7 +58,7 @@ def connect(url: str, timeout_s: float) -> Redis:
         raise ConfigError(f"redis_url: {error}") from error
     for each in (client, *_sentinels(client)):
         pool = each.connection_pool
-        pool.connection_class = _losable(pool.connection_class)
+        pool.connection_class = _patient(pool.connection_class)
     return client
 
 
@@ -66,21 +75,50 @@ def _sentinels(client: Redis) -> list[Redis]:
     return list(pool.sentinel_manager.sentinels) if isinstance(pool, SentinelConnectionPool) else []
 
 
-class _Losable:
-    """A connection that is lost between two commands: writing to it is a ConnectionError, on uvloop as on asyncio.
+class _Patient:
+    """A connection whose timeouts are in the event loop's own time: redis-py's own would take a server for silent whose
+    answers lie there unread.
 
-    uvloop's transports raise RuntimeError once they are closed; those of asyncio drop what is written.
+    One that is lost between two commands is a ConnectionError, on uvloop as on asyncio: uvloop's transports raise
+    RuntimeError once they are closed; those of asyncio drop what is written.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timeout_s, self.socket_timeout = self.socket_timeout, None
+        self._connect_timeout_s, self.socket_connect_timeout = self.socket_connect_timeout, None
+
+    async def _connect(self) -> None:
+        async with _in_time(self._connect_timeout_s, "connecting"):
+            await super()._connect()  # type: ignore[misc]
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        async with _in_time(self._timeout_s, "reading"):
+            return await super().read_response(*args, **kwargs)  # type: ignore[misc]
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         try:
-            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+            async with _in_time(self._timeout_s, "writing"):
+                await super().send_packed_command(command, check_health)  # type: ignore[misc]
         except RuntimeError as error:
             raise RedisConnectionError(f"the connection is lost: {error}") from error
 
 
-def _losable(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
-    return type(connection_class.__name__, (_Losable, connection_class), {})
+@contextlib.asynccontextmanager
+async def _in_time(seconds: float | None, doing: str) -> AsyncIterator[None]:
+    """Raises redis-py's TimeoutError after so long; None: never."""
+    if seconds is None:
+        yield
+        return
+    try:
+        async with patience(seconds):
+            yield
+    except TimeoutError:
+        raise RedisTimeoutError(f"the server took longer than {seconds:g} s: {doing}") from None
+
+
+def _patient(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(connection_class.__name__, (_Patient, connection_class), {})
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:

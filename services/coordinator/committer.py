@@ -17,6 +17,7 @@ from typing import Protocol
 import tenacity
 
 from services.common.errors import Internal, OutriderError, Unavailable
+from services.common.patience import PatientTimer
 from services.common.service import end_tasks
 from services.common.session_record import RecordLost, Write
 from services.coordinator.journal import Journal
@@ -27,7 +28,6 @@ _TURNS_BEFORE_WRITE = 2
 """Turns of the event loop before a round trip: the same moment's items to workers go out first, and writes gather."""
 _MAX_WRITES = 256
 """A round trip's; whole records may be among them."""
-_NUM_TICKS = 10
 _MAX_BACKOFF_S = 0.25
 
 
@@ -49,17 +49,15 @@ class WriteStore(Protocol):
 class Committer:
     """One for each coordinator. While one round trip is under way, the next one's writes gather in their journals.
 
-    The store counts as away once a write has waited `outage_after_s` for its answer, in ticks of this event loop: time
-    during which this process itself stood still does not count. Memory is bounded by that of the running generations:
+    The store counts as away once a write has waited `outage_after_s` for its answer, in this event loop's own time
+    (services.common.patience). Memory is bounded by that of the running generations:
     what waits lies in the journals' copies, and while the store is away no generation can begin.
     """
 
     def __init__(self, store: WriteStore, *, outage: Outage = Outage.CONTINUE, outage_after_s: float) -> None:
         self._store = store
         self._outage = outage
-        self._tick_s = outage_after_s / _NUM_TICKS
-        self._num_ticks = 0
-        self._ticking: asyncio.TimerHandle | None = None
+        self._outage_after_s = outage_after_s
         self._asking: dict[Journal, None] = {}
         self._under_way: list[Journal] = []
         self._behind: dict[str, Journal] = {}
@@ -117,7 +115,6 @@ class Committer:
                 outcomes = await self._write([journal.take() for journal in self._under_way])
                 self._answer(outcomes)
         finally:
-            self._stop_ticking()
             for journal in [*self._under_way, *self._asking]:
                 journal.answered(_stopped())
 
@@ -132,8 +129,7 @@ class Committer:
 
     async def _write(self, writes: list[Write]) -> Sequence[OutriderError | RecordLost | None]:
         """Repeats the writes until they are answered."""
-        self._num_ticks = 0
-        self._ticking = asyncio.get_running_loop().call_later(self._tick_s, self._tick)
+        timer = PatientTimer(self._outage_after_s, self._be_away)
         try:
             try:
                 return await self._store.write_all(writes)
@@ -143,16 +139,12 @@ class Committer:
             log.exception("%d writes failed", len(writes))
             return [Internal("DEFECT", "internal error; the server's log has the detail")] * len(writes)
         finally:
-            self._stop_ticking()
+            timer.cancel()
             if self._away_since is not None:
                 log.warning("the session store is back after %.1f s", time.monotonic() - self._away_since)
                 self._away_since = None
 
-    def _tick(self) -> None:
-        self._num_ticks += 1
-        if self._num_ticks < _NUM_TICKS:
-            self._ticking = asyncio.get_running_loop().call_later(self._tick_s, self._tick)
-            return
+    def _be_away(self) -> None:
         log.warning("the session store does not answer; running generations %s", self._outage.value)
         self._away_since = time.monotonic()
         for journal in [*self._under_way, *self._asking]:
@@ -165,11 +157,6 @@ class Committer:
         else:
             message = "the session store does not answer; resume when it is back"
             journal.give_up(Unavailable("STORE_UNAVAILABLE", message, retry_after_ms=1000))
-
-    def _stop_ticking(self) -> None:
-        if self._ticking is not None:
-            self._ticking.cancel()
-            self._ticking = None
 
 
 def _stopped() -> Unavailable:

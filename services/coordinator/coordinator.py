@@ -41,6 +41,9 @@ _MAX_OPENINGS = 3
 """Tries to open a session whose record moves on while it is read; the second is fenced against its old owner."""
 _ENDING_S = 0.2
 """What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
+_MAX_ASKING = 32
+"""Openings and looks at sessions that ask the store at the same moment; the others wait. More would make each of them
+later, and take the connections of the committer (services.common.redis_client.MAX_CONNECTIONS)."""
 _OPENING_S = 5.0
 """What openings may take to end when the coordinator stops: more than the store takes to answer, or to be given up."""
 
@@ -91,7 +94,8 @@ class Coordinator:
         self._opener = SessionOpener(store, usage, placement)
         self._running: dict[str, _Running] = {}
         self._opening: dict[str, str] = {}
-        """Sessions that are being opened, and the keys' owners who do."""
+        """Sessions that are being opened, or wait for that, and the keys' owners who do."""
+        self._gate = asyncio.Semaphore(_MAX_ASKING)
         self._draining = False
         self._hearts: list[asyncio.Task[None]] = []
 
@@ -157,18 +161,20 @@ class Coordinator:
 
     async def get(self, session_id: str, owner_key: str) -> tuple[SessionRecord, bool]:
         """The record, and whether a generation is running, here or elsewhere. Raises NotFound UNKNOWN_SESSION."""
-        record = await self._load(session_id, owner_key)
-        if record is None:
-            raise unknown_session(session_id)
-        elsewhere = record.running and record.owner_id != self._store.owner_id
-        return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
+        async with self._gate:
+            record = await self._load(session_id, owner_key)
+            if record is None:
+                raise unknown_session(session_id)
+            elsewhere = record.running and record.owner_id != self._store.owner_id
+            return record, session_id in self._running or (elsewhere and await self._store.is_alive(record.owner_id))
 
     async def close_session(self, session_id: str, owner_key: str) -> None:
         """Ends its generation, frees its sequences and leaves a tombstone. Raises NotFound UNKNOWN_SESSION."""
         self._check_owner(session_id, owner_key)
         if running := self._running.get(session_id):
             await running.generation.stop(None)
-        await self._store.close(session_id, owner_key)
+        async with self._gate:
+            await self._store.close(session_id, owner_key)
         self._usage.note(owner_key, session_id, None)
 
     def _check_owner(self, session_id: str, owner_key: str) -> None:
@@ -197,8 +203,7 @@ class Coordinator:
     @contextlib.contextmanager
     def _reserve(self, request: GenerationRequest) -> Iterator[None]:
         """Holds the session for a request that is being opened. Raises where it may not be."""
-        if self._draining:
-            raise Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=100)
+        self._check_serving()
         session_id = request.session_id
         self._check_owner(session_id, request.owner_key)
         running = self._running.get(session_id)
@@ -220,7 +225,13 @@ class Coordinator:
 
     async def _open_reserved(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         with self._reserve(request), span.child("outrider.open"):
-            return await self._open(request, arrived_ns, span)
+            async with self._gate:
+                self._check_serving()
+                return await self._open(request, arrived_ns, span)
+
+    def _check_serving(self) -> None:
+        if self._draining:
+            raise Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=100)
 
     async def _open(self, request: GenerationRequest, arrived_ns: int, span: Span) -> Stream:
         if not request.model:  # no target has ever been seen, so nobody knows what the request is
@@ -327,9 +338,10 @@ class Coordinator:
         )
 
     async def _beat_streams(self) -> None:
-        """Signs of life to clients whose streams are quiet."""
+        """Signs of life to clients whose streams are quiet. A stream counts as quiet only from the first look at it on
+        which nothing was sent since the look before, so these come at half the heartbeat's interval."""
         while True:
-            await asyncio.sleep(self._config.heartbeat_ms / 1e3)
+            await asyncio.sleep(self._config.heartbeat_ms / 2e3)
             for running in self._running.values():
                 running.output.tick()
 

@@ -88,7 +88,7 @@ class Output:
         _wake(self._writer)
 
     def tick(self) -> None:
-        """To be called at the heartbeat's interval: a stream that was quiet since the last call gets a heartbeat."""
+        """To be called at half the heartbeat's interval: a stream that was quiet since the last call gets one."""
         if self._quiet:
             self._heartbeat = True
             _wake(self._reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 from redis import Redis
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common import redis_client
 from services.common.errors import ConfigError, Unavailable
@@ -64,6 +66,50 @@ def test_a_connection_lost_between_two_writes_is_unavailable_and_the_next_write_
 
     with running(tmp_path) as server:
         run(write())
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize("connects", [True, False])
+def test_a_process_that_stands_still_does_not_take_the_server_for_silent(
+    tmp_path: Path, run: Callable[[Coroutine[None, None, None]], None], connects: bool
+) -> None:
+    async def read() -> None:
+        redis = redis_client.connect(server.url, 0.05)
+        try:
+            if not connects:
+                await redis.ping()
+            reading = asyncio.create_task(redis.ping())
+            while not reading.done():  # wherever it waits
+                await asyncio.sleep(0)
+                time.sleep(0.06)
+            assert await reading
+        finally:
+            await redis_client.close(redis)
+
+    with running(tmp_path) as server:
+        run(read())
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_server_that_stands_still_is_given_up_in_time(
+    tmp_path: Path, run: Callable[[Coroutine[None, None, None]], None]
+) -> None:
+    async def read() -> None:
+        redis = redis_client.connect(server.url, 0.2)
+        try:
+            await redis.ping()
+            server.pause()
+            async with asyncio.timeout(5):
+                with pytest.raises(RedisTimeoutError):  # with the connection that is there
+                    await redis.ping()
+                with pytest.raises(RedisTimeoutError):  # with a new one
+                    await redis.ping()
+        finally:
+            server.wake()
+            await redis_client.close(redis)
+
+    with running(tmp_path) as server:
+        run(read())
 
 
 async def test_a_password(tmp_path: Path) -> None:

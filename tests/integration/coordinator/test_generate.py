@@ -11,6 +11,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, OutriderError, Unavailable
+from services.common.redis_client import MAX_CONNECTIONS
 from services.common.service import wait_until
 from services.coordinator.tokenizer import SimulatedTokenizer
 from services.draft.server import running_draft
@@ -342,6 +343,17 @@ async def test_many_generations_share_the_streams(cluster: Cluster) -> None:
     alone = await cluster.generate(prompt="p3", **fields)
     assert together[3].tokens == alone.tokens
     assert await wait_until(lambda: cluster.target.engine.load.num_sequences == 0, 1.0)
+
+
+async def test_many_sessions_are_looked_at_and_closed_at_the_same_moment(cluster: Cluster) -> None:
+    session_id = str(uuid.uuid4())
+    whole = await cluster.generate(prompt="a", session_id=session_id, max_tokens=2)
+    number = 2 * MAX_CONNECTIONS
+    asked = [cluster.stub.GetSession(pb.GetSessionRequest(session_id=session_id)) for _ in range(number)]
+    assert {tuple((await call).token_ids) for call in asked} == {(*b"a", *whole.tokens)}
+    await asyncio.gather(
+        *[cluster.stub.CloseSession(pb.CloseSessionRequest(session_id=session_id)) for _ in range(number)]
+    )
 
 
 async def test_too_many_generations_are_refused_with_a_time_to_retry(start_cluster: StartCluster) -> None:

@@ -12,6 +12,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 
 from services.common.errors import Unavailable
+from services.common.redis_client import MAX_CONNECTIONS
 from services.common.service import wait_until
 from services.common.session_record import Write
 from services.common.session_store import Outcome, SessionStore
@@ -135,6 +136,21 @@ async def test_a_redis_that_stands_still_holds_up_nothing_but_new_sessions(
         store.wake()
     assert await reader.task is None
     assert reader.durable_len == len(reader.tokens) == 200
+
+
+async def test_all_that_are_admitted_while_redis_hesitates_are_opened(
+    start_cluster: StartCluster, forgetful: RedisProcess
+) -> None:
+    number = MAX_CONNECTIONS + 20
+    async with start_cluster(redis_url=forgetful.url, max_generations=number) as cluster:
+        coordinator = cluster.coordinator.coordinator
+        forgetful.pause()
+        try:
+            generations = [asyncio.create_task(cluster.generate(**new_request(max_tokens=2))) for _ in range(number)]
+            assert await wait_until(lambda: coordinator.num_waiting == number, 1.5, 0.01)
+        finally:
+            forgetful.wake()
+        assert {len(result.tokens) for result in await asyncio.gather(*generations)} == {2}
 
 
 async def test_a_generation_that_shall_stop_with_redis_ends_resumably_and_loses_nothing(
