@@ -32,6 +32,10 @@ MAX_PIECE_BYTES = 65_536
 
 MAX_ITEMS_A_MESSAGE = 256
 """Items or results: the largest ones, with rows or log-probabilities, stay below the 4 MB cap at this number."""
+
+MAX_UNREAD_RESULTS = 131_072
+"""A coordinator that leaves more of a stream's results unread loses the stream; one that keeps to `max_free_tokens`
+never does. Half of them are for sequences that were closed meanwhile, and for refusals."""
 MAX_FEATURE_BYTES = 2 << 20
 """Features in one message, of all its items together."""
 
@@ -374,3 +378,8 @@ def top_log_probs_from_bytes(ids: bytes, log_probs: bytes, num_tokens: int) -> t
         TopLogProbs(all_ids[i * width : (i + 1) * width], all_values[i * width : (i + 1) * width])
         for i in range(num_tokens)
     )
+
+
+def max_free_tokens(max_sequences: int) -> int:
+    """Tokens that a coordinator asks of a worker in one Decode: each is a result that may wait unread."""
+    return max(1, MAX_UNREAD_RESULTS // 2 // max(1, max_sequences))

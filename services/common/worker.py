@@ -30,9 +30,6 @@ Item = TypeVar("Item", bound=Open | Propose | Verify | Decode | Close)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
-MAX_UNREAD_RESULTS = 65_536
-"""A coordinator that leaves more results unread loses the stream."""
-
 
 class Connection(Protocol):
     """One stream's side of the engine thread."""
@@ -193,8 +190,8 @@ class _Outbox:
     def put(self, results: list[Any], answered_ns: int) -> None:
         self._batches.append((results, answered_ns))
         self._num_results += len(results)
-        if self._num_results > MAX_UNREAD_RESULTS:
-            self.end(ResourceExhausted("QUEUE_FULL", f"more than {MAX_UNREAD_RESULTS} results are unread"))
+        if self._num_results > wire.MAX_UNREAD_RESULTS:
+            self.end(ResourceExhausted("QUEUE_FULL", f"more than {wire.MAX_UNREAD_RESULTS} results are unread"))
         self._wake()
 
     def end(self, error: OutriderError | None) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from services.common import wire
 from services.common.errors import Aborted, DeadlineExceeded, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Decode, Identity, Refused, TargetItem, TargetResult, Tokens, Verify
 from services.common.values import Proposal
@@ -61,6 +62,7 @@ class TargetSequence:
         """Of the worker that it was last opened on."""
         self.max_draft_tokens = 0
         """Of one Verify there."""
+        self._max_free_tokens = 1
         self.round = -1
         """The newest round's number."""
         self.num_cached_tokens = 0
@@ -84,6 +86,7 @@ class TargetSequence:
         self._lane = link.open_lane(identity)
         if link.info is not None:
             self.instance_id, self.max_draft_tokens = link.info.instance_id, link.info.max_draft_tokens
+            self._max_free_tokens = wire.max_free_tokens(link.info.max_sequences)
         self._lane.send(self._plan.target_open(identity, self._tokens))
 
     def move(self) -> None:
@@ -124,8 +127,9 @@ class TargetSequence:
         return await self._receive()
 
     def begin_decode(self, num_free_tokens: int, parent_span_id: int = 0) -> None:
-        """Asks for that many tokens, which `next_decoded` returns as they come."""
+        """Asks for that many tokens, or for as many as may wait unread; `next_decoded` returns them as they come."""
         self._decoding, self._interrupted = True, False
+        num_free_tokens = min(num_free_tokens, self._max_free_tokens)
         self._send(Decode(self._next_identity(), num_free_tokens, parent_span_id))
 
     async def next_decoded(self) -> Tokens:

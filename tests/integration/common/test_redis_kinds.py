@@ -68,6 +68,11 @@ def test_a_connection_lost_between_two_writes_is_unavailable_and_the_next_write_
         run(write())
 
 
+def stand_still() -> None:
+    """The event loop with it."""
+    time.sleep(0.06)
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 @pytest.mark.parametrize("connects", [True, False])
 def test_a_process_that_stands_still_does_not_take_the_server_for_silent(
@@ -81,7 +86,7 @@ def test_a_process_that_stands_still_does_not_take_the_server_for_silent(
             reading = asyncio.create_task(redis.ping())
             while not reading.done():  # wherever it waits
                 await asyncio.sleep(0)
-                time.sleep(0.06)
+                stand_still()
             assert await reading
         finally:
             await redis_client.close(redis)

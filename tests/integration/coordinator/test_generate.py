@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import uuid
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
+from services.common import wire
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, OutriderError, Unavailable
 from services.common.redis_client import MAX_CONNECTIONS
 from services.common.service import wait_until
@@ -343,6 +346,28 @@ async def test_many_generations_share_the_streams(cluster: Cluster) -> None:
     alone = await cluster.generate(prompt="p3", **fields)
     assert together[3].tokens == alone.tokens
     assert await wait_until(lambda: cluster.target.engine.load.num_sequences == 0, 1.0)
+
+
+def stand_still(seconds: float) -> None:
+    """The event loop with it."""
+    time.sleep(seconds)
+
+
+async def test_a_starved_coordinator_never_leaves_more_unread_than_a_worker_keeps_for_it(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_sequences, max_unread = 8, 800
+    monkeypatch.setattr(wire, "MAX_UNREAD_RESULTS", max_unread)
+    quick = replace(TARGET, max_sequences=num_sequences)
+    caplog.set_level(logging.INFO, "services.coordinator")
+    async with start_cluster(target=quick, draft=None, max_unread_tokens=10_000) as cluster:
+        fields = {"max_tokens": 500, "sampling": SAMPLED, "ignore_eos": True}
+        generations = [asyncio.create_task(cluster.generate(prompt="a", **fields)) for _ in range(num_sequences)]
+        while not all(generation.done() for generation in generations):
+            await asyncio.sleep(0.02)
+            stand_still(0.2)  # the worker's engine goes on
+        assert {len(generation.result().tokens) for generation in generations} == {500}
+    assert [record.message for record in caplog.records if "lost its target" in record.message] == []
 
 
 async def test_many_sessions_are_looked_at_and_closed_at_the_same_moment(cluster: Cluster) -> None:
