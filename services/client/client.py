@@ -35,8 +35,9 @@ class OutriderClient:
     """A client of one or several interchangeable coordinators. Async context manager; one event loop."""
 
     def __init__(self, *addresses: str, retry: RetryPolicy | None = None, access: Access | None = None) -> None:
-        """`addresses` are host:port. Connects when first used; in plaintext and without an API key unless `access`
-        says otherwise. Raises ValueError without an address, ConfigError for an `access` that cannot be used."""
+        """`addresses` are host:port, or names of several coordinators such as dns:///name:port; calls take all of them
+        in turn, the first one first. Connects when first used; in plaintext and without an API key unless `access` says
+        otherwise. Raises ValueError without an address, ConfigError for an `access` that cannot be used."""
         self._connections = Connections(addresses, access)
         self._retry = retry or RetryPolicy()
 
@@ -113,13 +114,15 @@ class OutriderClient:
         """Tries each address once; only unreachable coordinators are passed over."""
         failure: OutriderError | None = None
         for _ in range(len(self._connections)):
-            connection = self._connections.current()
+            connection = self._connections.next()
             try:
                 how = {"timeout": _UNARY_TIMEOUT_S, "metadata": connection.metadata}
-                return await connection.track(call(connection.stub, **how))
+                answer = await connection.track(call(connection.stub, **how))
+                self._connections.succeeded(connection)
+                return answer
             except grpc.aio.AioRpcError as error:
                 failure = error_from_rpc(error)
                 if not isinstance(failure, Unavailable):
                     raise failure from None
-                self._connections.avoid(connection)
+                self._connections.failed(connection)
         raise failure or Unavailable("STREAM_BROKEN", "no coordinator was tried")

@@ -1,7 +1,10 @@
 """The client's channels: one for each coordinator address, opened when first used.
 
-Owns: which coordinator is preferred at the moment, and that new calls go out with the newest certificates.
+Owns: which coordinator is the next one, and that new calls go out with the newest certificates.
 Must not know: what is called on it.
+
+Calls take the addresses in turn, and what one address resolves to as well. One that has failed is left out, but for a
+trial now and then (services.common.breaker): so a coordinator that comes back gets its share again.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import grpc.aio
 from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
 from services.client.access import Access
+from services.common.breaker import CircuitBreaker
 from services.common.channels import Channels
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES
 
@@ -57,18 +61,35 @@ class Connections:
         access = access or Access()
         self._addresses = tuple(addresses)
         self._metadata = access.metadata(addresses)
-        self._channels = Channels(access.load_tls(), max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES)
+        self._channels = Channels(access.load_tls(), max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES, balanced=True)
+        self._breakers = [CircuitBreaker() for _ in addresses]
         self._connections: dict[int, Connection] = {}
         self._retired: list[Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self._preferred = 0
+        self._turn = 0
+        """The place of the address that the next call goes to, if it may."""
 
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def current(self) -> Connection:
-        """The preferred coordinator. Connects in the background; a call fails with UNAVAILABLE if that fails."""
-        place, version = self._preferred, self._channels.version
+    def next(self) -> Connection:
+        """The next coordinator. Connects in the background; a call fails with UNAVAILABLE if that fails."""
+        places = [(self._turn + i) % len(self) for i in range(len(self))]
+        place = next((place for place in places if self._breakers[place].allows), self._turn)
+        self._turn = (place + 1) % len(self)
+        self._breakers[place].begin()
+        return self._at(place)
+
+    def succeeded(self, connection: Connection) -> None:
+        """It has answered."""
+        self._breakers[connection.place].succeeded()
+
+    def failed(self, connection: Connection) -> None:
+        """It could not be reached, or broke off: others come first for a while."""
+        self._breakers[connection.place].failed(certain=True)
+
+    def _at(self, place: int) -> Connection:
+        version = self._channels.version
         connection = self._connections.get(place)
         if connection is None or connection.version != version:
             if connection is not None:
@@ -78,11 +99,6 @@ class Connections:
             self._connections[place] = connection
         self._let_go_of_retired()
         return connection
-
-    def avoid(self, connection: Connection) -> None:
-        """Prefers the next address, unless another caller has turned away from `connection` already."""
-        if self._preferred == connection.place:
-            self._preferred = (connection.place + 1) % len(self._addresses)
 
     async def close(self) -> None:
         """Closes all channels; calls in progress are cancelled."""

@@ -18,7 +18,7 @@ import grpc.aio
 import tenacity
 from outrider.v1 import coordinator_pb2
 
-from services.client.connections import Connections
+from services.client.connections import Connection, Connections
 from services.client.values import Chunk, Result, RetryPolicy, Token
 from services.client.wire import finish_reason_from_proto, statistics_from_proto, tokens_from_proto
 from services.common.errors import Aborted, DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
@@ -69,7 +69,7 @@ class Generation:
         self._num_streams = 0
         self._num_offered = 0
         self._num_ownership_losses = 0
-        self._connection = connections.current()
+        self._connection: Connection | None = None
         self._call: _Call | None = None
         self._result: Result | None = None
         self._retrying = tenacity.AsyncRetrying(
@@ -139,11 +139,12 @@ class Generation:
             return None
         except OutriderError as error:
             self._end_call()
-            self._connections.avoid(self._connection)
             self._note_losses(error)
             raise
 
     def _note_losses(self, error: OutriderError) -> None:
+        if self._connection is not None and isinstance(error, Unavailable | Internal):
+            self._connections.failed(self._connection)
         if isinstance(error, Aborted) and error.reason == "OWNERSHIP_LOST":
             self._num_ownership_losses += 1
         if isinstance(error, DataLoss):
@@ -169,8 +170,7 @@ class Generation:
         return max(tenacity.wait_random(ceiling_s / 2, ceiling_s)(state), asked_ms / 1e3)
 
     def _begin_call(self) -> _Call:
-        self._connection = self._connections.current()
-        connection = self._connection
+        self._connection = connection = self._connections.next()
         return connection.track(connection.stub.Generate(self._next_request(), metadata=connection.metadata))
 
     def _end_call(self) -> None:
@@ -207,6 +207,8 @@ class Generation:
         if not isinstance(response, coordinator_pb2.GenerateResponse):
             raise Unavailable("STREAM_BROKEN", "the coordinator ended the stream before the generation's end")
         self._reached = True
+        if self._connection is not None:
+            self._connections.succeeded(self._connection)
         return response
 
     async def _read_end(self) -> None:

@@ -17,12 +17,20 @@ class Channels:
     whatever the address is: pods are reached by addresses that no certificate knows."""
 
     def __init__(
-        self, tls: TlsFiles | None = None, *, name: str = "", max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES
+        self,
+        tls: TlsFiles | None = None,
+        *,
+        name: str = "",
+        max_message_bytes: int = MAX_WORKER_MESSAGE_BYTES,
+        balanced: bool = False,
     ) -> None:
+        """`balanced`: a channel connects to all that its address resolves to, and calls take them in turn."""
         self._tls = tls
-        self._options = channel_options(max_message_bytes)
+        self._options: list[tuple[str, int | str]] = [*channel_options(max_message_bytes)]
+        if balanced:
+            self._options.append(("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'))
         if tls is not None and name:
-            self._options.append(("grpc.ssl_target_name_override", name))  # type: ignore[arg-type]  # text is valid too
+            self._options.append(("grpc.ssl_target_name_override", name))
 
     @property
     def version(self) -> int:

@@ -17,6 +17,7 @@ from services.common.errors import NotFound, OutriderError
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 
 Script = Callable[[pb.GenerateRequest], AsyncIterator[pb.GenerateResponse]]
+SERVICE = pb.DESCRIPTOR.services_by_name["CoordinatorService"]
 DRAFT, TARGET = sampling_pb2.TOKEN_ORIGIN_DRAFT, sampling_pb2.TOKEN_ORIGIN_TARGET
 WORDS = ("One", " two", " three", " four", " five", " six")
 
@@ -127,6 +128,6 @@ class FakeCoordinator:
 async def serving(fake: FakeCoordinator) -> AsyncIterator[str]:
     """Serves `fake` on a free loopback port; yields its address."""
     server = GrpcServer("127.0.0.1", 0, limits=ServerLimits(MAX_PUBLIC_MESSAGE_BYTES), reflect=False, stop_grace_s=0.0)
-    server.add(pb.DESCRIPTOR.services_by_name["CoordinatorService"], fake)
+    server.add(SERVICE, fake)
     async with server:
         yield f"127.0.0.1:{server.port}"

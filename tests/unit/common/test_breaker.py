@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.coordinator.breaker import FIRST_DELAY_S, MAX_DELAY_S, THRESHOLD, CircuitBreaker
+from services.common.breaker import FIRST_DELAY_S, MAX_DELAY_S, THRESHOLD, CircuitBreaker
 
 
 class Clock:

@@ -1,0 +1,60 @@
+"""Calls take turns over coordinators, leave out those that fail, and come back to those that return."""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.client import OutriderClient, RetryPolicy
+from services.common.rpc import GrpcServer
+from tests.fakes.coordinator import SERVICE, FakeCoordinator, serving, whole
+
+QUICK = RetryPolicy(max_attempts=8, max_attempts_unreached=8, initial_backoff_s=0.001, max_backoff_s=0.002)
+
+
+async def generate(client: OutriderClient, number: int) -> int:
+    """One after the other. Returns how often they had to try again."""
+    results = [await client.complete("hi") for _ in range(number)]
+    assert {len(result.tokens) for result in results} == {2}
+    return sum(result.num_resumptions for result in results)
+
+
+async def test_generations_take_the_addresses_in_turn() -> None:
+    one, two, three = (FakeCoordinator(whole(2)) for _ in range(3))
+    async with (
+        serving(one) as first,
+        serving(two) as second,
+        serving(three) as third,
+        OutriderClient(first, second, third, retry=QUICK) as client,
+    ):
+        await generate(client, 9)
+    assert [len(fake.requests) for fake in (one, two, three)] == [3, 3, 3]
+
+
+async def test_a_name_of_several_coordinators_gives_each_of_them_a_share() -> None:
+    one, two = FakeCoordinator(whole(2)), FakeCoordinator(whole(2))
+    async with serving(one) as first, serving(two) as second:
+        async with OutriderClient(f"ipv4:{first},{second}", retry=QUICK) as client, asyncio.timeout(10):
+            while not (one.requests and two.requests):  # whoever is connected first is alone for a moment
+                await generate(client, 1)
+            before = len(one.requests), len(two.requests)
+            await generate(client, 8)
+    assert (len(one.requests) - before[0], len(two.requests) - before[1]) == (4, 4)
+
+
+async def test_a_coordinator_that_is_gone_is_left_out_and_has_its_share_again_when_it_is_back() -> None:
+    staying, going = FakeCoordinator(whole(2)), FakeCoordinator(whole(2))
+    async with serving(staying) as first:
+        async with serving(going) as second:
+            client = OutriderClient(first, second, retry=QUICK)
+            await generate(client, 4)
+        assert (len(staying.requests), len(going.requests)) == (2, 2)
+        assert await generate(client, 8) == 1
+        assert (len(staying.requests), len(going.requests)) == (10, 2)
+        returned, server = FakeCoordinator(whole(2)), GrpcServer("127.0.0.1", int(second.rpartition(":")[2]))
+        server.add(SERVICE, returned)
+        async with server, client, asyncio.timeout(20):
+            while not returned.requests:
+                await generate(client, 1)
+            num_before = len(returned.requests)
+            await generate(client, 8)
+            assert len(returned.requests) == num_before + 4
