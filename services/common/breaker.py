@@ -1,6 +1,7 @@
 """Whether new work may go to a server that has failed before.
 
-Owns: one server's circuit breaker. Must not know: workers, coordinators, links, why something failed. Pure but for its clock.
+Owns: one server's circuit breaker. Must not know: which servers there are, why something failed. Pure but for its
+clock.
 
     closed  --`threshold` failures in a row, or a certain one-->  open for a delay, twice as long each time
     open    --the delay is over, and work begins-->               trial; another begins only after a delay without news

@@ -83,6 +83,9 @@ class _Patient:
     RuntimeError once they are closed; those of asyncio drop what is written.
     """
 
+    socket_timeout: float | None
+    socket_connect_timeout: float | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timeout_s, self.socket_timeout = self.socket_timeout, None

@@ -13,10 +13,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from services.common.breaker import CircuitBreaker
 from services.common.errors import OutriderError, Unavailable
 from services.common.items import DraftItem, DraftResult, TargetItem, TargetResult
 from services.common.service import end_tasks
-from services.common.breaker import CircuitBreaker
 from services.coordinator.discovery import Discovery, Endpoint, Endpoints
 from services.coordinator.link import Link
 

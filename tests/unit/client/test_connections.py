@@ -32,12 +32,16 @@ async def test_generations_take_the_addresses_in_turn() -> None:
 
 async def test_a_name_of_several_coordinators_gives_each_of_them_a_share() -> None:
     one, two = FakeCoordinator(whole(2)), FakeCoordinator(whole(2))
-    async with serving(one) as first, serving(two) as second:
-        async with OutriderClient(f"ipv4:{first},{second}", retry=QUICK) as client, asyncio.timeout(10):
-            while not (one.requests and two.requests):  # whoever is connected first is alone for a moment
-                await generate(client, 1)
-            before = len(one.requests), len(two.requests)
-            await generate(client, 8)
+    async with (
+        serving(one) as first,
+        serving(two) as second,
+        OutriderClient(f"ipv4:{first},{second}", retry=QUICK) as client,
+        asyncio.timeout(10),
+    ):
+        while not (one.requests and two.requests):  # whoever is connected first is alone for a moment
+            await generate(client, 1)
+        before = len(one.requests), len(two.requests)
+        await generate(client, 8)
     assert (len(one.requests) - before[0], len(two.requests) - before[1]) == (4, 4)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from services.common.breaker import THRESHOLD
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from services.common.values import WorkerLoad
-from services.common.breaker import THRESHOLD
 from services.coordinator.discovery import Endpoint
 from services.coordinator.route import PoolRoute
 from services.coordinator.worker_pool import PooledWorker, WorkerPool
