@@ -160,7 +160,10 @@ class Generation:
 
     def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
         limit = self._policy.max_attempts if self._reached else self._policy.max_attempts_unreached
-        return state.attempt_number >= limit
+        error = state.outcome.exception() if state.outcome else None
+        told_when = isinstance(error, OutriderError) and error.retry_after_ms is not None
+        outlasts = told_when and self._started is not None and state.idle_for < self._policy.max_told_wait_s
+        return state.attempt_number >= limit and not outlasts
 
     def _backoff_s(self, state: tenacity.RetryCallState) -> float:
         """Exponential with jitter, at least what the server asked for."""

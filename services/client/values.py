@@ -244,7 +244,9 @@ class RetryPolicy:
     `max_attempts` failures in a row end it once the server has been reached, `max_attempts_unreached` before. Waits
     grow from `initial_backoff_s` to `max_backoff_s`, with jitter. A stream is broken after `heartbeat_timeout_s`
     without a message (servers send one every 500 ms); the first one, with the connection, may take
-    `first_message_timeout_s`. Any token received starts the count anew.
+    `first_message_timeout_s`. Any token received starts the count anew. A generation that has begun outlasts what a
+    coordinator says will pass, and when to ask again (a target or a Redis that restarts), for `max_told_wait_s` of
+    waits, however many failures those are.
     """
 
     max_attempts: int = 10
@@ -253,3 +255,4 @@ class RetryPolicy:
     max_backoff_s: float = 2.0
     heartbeat_timeout_s: float = 1.5
     first_message_timeout_s: float = 3.0
+    max_told_wait_s: float = 120.0

@@ -86,7 +86,9 @@ class CoordinatorConfig(SecurityConfig):
         "Seconds after which a draft is late at the latest, and the target goes on alone; learned from its usual time.",
     )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
-    target_retry_s: float = setting(10.0, "Seconds that a generation waits for a lost target to come back.")
+    target_retry_s: float = setting(
+        120.0, "Seconds that a generation waits for a lost target to come back, its model's load included."
+    )
     redis_outage: str = setting(
         Outage.CONTINUE.value,
         "What running generations do while Redis is away: continue, and complete their records when it is back (a "

@@ -19,6 +19,7 @@ from services.common.service import wait_until
 from services.common.session_record import Acquisition
 from services.common.session_store import SessionStore
 from services.common.values import VerificationMethod
+from services.target.server import running_target
 from tests.fakes.coordinator_process import coordinator_process
 from tests.fakes.redis_process import running
 from tests.fakes.tcp_proxy import TcpProxy, proxied
@@ -157,6 +158,24 @@ async def test_a_redis_that_is_away_for_a_while_costs_new_generations_a_pause(
                 await asyncio.sleep(0.5)
                 await asyncio.to_thread(store.start)
                 assert len((await asyncio.wait_for(completing, 20)).tokens) == 5
+
+
+async def test_a_lone_target_that_is_away_for_longer_than_the_coordinator_waits_costs_a_pause(
+    start_cluster: StartCluster,
+) -> None:
+    async with start_cluster(target=UNHURRIED, target_retry_s=0.1) as cluster:
+        long = replace(OPTIONS, max_tokens=450)
+        whole = await undisturbed(cluster, long)
+        async with OutriderClient(f"127.0.0.1:{cluster.coordinator.port}") as client:
+            generation, seen = client.generate("hi", long), Seen()
+            reading = asyncio.create_task(seen.read(generation))
+            assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
+            await cluster.target.server.__aexit__(None, None, None)
+            assert await wait_until(lambda: not cluster.coordinator.coordinator.num_running, 10, 0.005)
+            async with running_target(replace(UNHURRIED, port=cluster.target.port)):
+                await asyncio.wait_for(reading, 20)
+    assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
+    assert generation.result.num_resumptions >= 1
 
 
 async def test_what_stays_unreachable_ends_with_an_error_that_says_how_often_it_was_tried(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 
 import pytest
@@ -197,6 +198,32 @@ async def test_a_busy_session_is_asked_for_again_when_the_server_says_when_and_n
             await client.complete("hi")
     assert (caught.value.reason, caught.value.retry_after_ms) == ("SESSION_BUSY", 60)
     assert len(fake.requests) == QUICK.max_attempts_unreached
+
+
+NO_TARGET = Unavailable("NO_TARGET", "no target worker", retry_after_ms=5)
+
+
+async def test_a_generation_that_has_begun_outlasts_what_the_coordinator_says_will_pass():
+    refusals = [play(NO_TARGET, start=False)] * (5 * QUICK.max_attempts)
+    async with client_of(
+        FakeCoordinator(play(tokens(0, 2), MOVED), *refusals, play(tokens(2, 2), finished(4)))
+    ) as client:
+        result = await client.complete("hi")
+    assert (result.token_ids, result.num_resumptions) == ((100, 101, 102, 103), len(refusals) + 1)
+
+
+async def test_it_does_so_for_the_policys_time_and_one_that_has_not_begun_does_not():
+    begun = FakeCoordinator(play(tokens(0, 2), MOVED), play(NO_TARGET, start=False))
+    policy = dataclasses.replace(QUICK, max_told_wait_s=0.1)
+    async with serving(begun) as address, OutriderClient(address, retry=policy) as client:
+        with pytest.raises(Unavailable, match="given up"):
+            await client.complete("hi")
+    assert QUICK.max_attempts < len(begun.requests) <= 0.1 / 0.005 + 3
+    fresh = FakeCoordinator(play(NO_TARGET, start=False))
+    async with client_of(fresh) as client:
+        with pytest.raises(Unavailable, match="given up"):
+            await client.complete("hi")
+    assert len(fresh.requests) == QUICK.max_attempts_unreached
 
 
 async def test_every_token_starts_the_count_of_failures_anew():
