@@ -18,10 +18,10 @@ from services.common.errors import Unavailable
 from services.common.service import wait_until
 from services.common.session_record import Acquisition
 from services.common.session_store import SessionStore
-from services.common.values import VerificationMethod
+from services.common.values import TokenOrigin, VerificationMethod
 from services.target.server import running_target
 from tests.fakes.coordinator_process import coordinator_process
-from tests.fakes.redis_process import running
+from tests.fakes.redis_process import DURABLE, RedisProcess, running
 from tests.fakes.tcp_proxy import TcpProxy, proxied
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
 
@@ -38,12 +38,14 @@ class Seen:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.text = ""
+        self.durable_len = 0
 
     async def read(self, generation: Generation, pace_s: float = 0.0) -> Seen:
         async for chunk in generation:
             assert chunk.offset == len(self.token_ids)
             self.token_ids += [token.token_id for token in chunk.tokens]
             self.text += chunk.text
+            self.durable_len = chunk.durable_len
             await asyncio.sleep(pace_s)
         assert generation.result.token_ids == tuple(self.token_ids)
         assert generation.result.text == self.text
@@ -145,6 +147,47 @@ async def test_a_client_that_has_everything_saves_a_generation_that_store_and_co
                 record = await client.get_session(generation.session_id)
     assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
     assert list(record.token_ids) == [*b"hi", *whole.token_ids]
+
+
+def stored_origins(store: RedisProcess, session_id: str) -> bytes:
+    """Of all tokens in the record."""
+    with Redis.from_url(store.url) as redis:
+        return bytes(redis.get(f"outrider:{{{session_id}}}:origins"))
+
+
+@pytest.mark.parametrize("method", [VerificationMethod.COUPLED, VerificationMethod.REJECTION])
+async def test_tokens_that_went_out_while_redis_was_away_are_adopted_where_their_coordinator_is_lost_before_it_is_back(
+    start_cluster: StartCluster, tmp_path: Path, method: VerificationMethod
+) -> None:
+    options = replace(OPTIONS, max_tokens=500, verification=method)
+    with running(tmp_path, *DURABLE) as store:
+        async with start_cluster(target=UNHURRIED, redis_url=store.url) as cluster:
+            async with (
+                process(cluster, store.url) as (child, address),
+                OutriderClient(address, f"127.0.0.1:{cluster.coordinator.port}") as client,
+            ):
+                generation, seen = client.generate("hi", options), Seen()
+                reading = asyncio.create_task(seen.read(generation))
+                assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
+                store.kill()
+                assert await wait_until(lambda: len(seen.token_ids) >= seen.durable_len + 100, 10, 0.005)
+                child.kill()
+                await child.wait()
+                given = list(seen.token_ids)
+                await asyncio.to_thread(store.start)
+                num_stored = len(stored_origins(store, generation.session_id))
+                await asyncio.wait_for(reading, 20)
+                record = await client.get_session(generation.session_id)
+            whole = await undisturbed(cluster, options)
+        origins = stored_origins(store, generation.session_id)
+    num_given = len(b"hi") + len(given)
+    assert num_stored < num_given  # the record lacked them, and nobody but the client had them
+    assert {*origins[num_stored:num_given]} == {TokenOrigin.TARGET}  # taken over, not generated again
+    assert {*origins[num_given:]} == {TokenOrigin.TARGET, TokenOrigin.DRAFT}
+    assert len(seen.token_ids) == 500
+    assert seen.token_ids[: len(given)] == given
+    assert list(record.token_ids) == [*b"hi", *seen.token_ids]
+    assert method is VerificationMethod.REJECTION or (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
 
 
 async def test_a_redis_that_is_away_for_a_while_costs_new_generations_a_pause(
