@@ -29,9 +29,9 @@ from services.common.errors import ConfigError
 from services.common.patience import patience
 
 SENTINEL_PORT = 26_379
-MAX_CONNECTIONS = 100
-"""Of one client, unless its URL says otherwise. A command that finds them all in use fails as if there were no server,
-so callers bound how much they ask at once."""
+MIN_CONNECTIONS, MAX_CONNECTIONS = 64, 100
+"""Of one client; its URL may say otherwise with max_connections. A command that finds them all in use fails as if there
+were no server, so callers ask for less than the least at once."""
 _SENTINEL = "+sentinel"
 
 
@@ -39,7 +39,7 @@ def connect(url: str, timeout_s: float) -> Redis:
     """Opens no connection yet. Each command gives up after `timeout_s` of the event loop's own time
     (services.common.patience), and is tried once: callers know when to retry.
 
-    Raises ConfigError for a `url` of no known form.
+    Raises ConfigError for a `url` of no known form, and for one of too few connections.
     """
     options: dict[str, Any] = {
         "protocol": 2,
@@ -56,6 +56,8 @@ def connect(url: str, timeout_s: float) -> Redis:
             client = Redis.from_url(url, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"redis_url: {error}") from error
+    if (number := client.connection_pool.max_connections) < MIN_CONNECTIONS:
+        raise ConfigError(f"redis_url: max_connections is {number}, but at least {MIN_CONNECTIONS} are needed")
     for each in (client, *_sentinels(client)):
         pool = each.connection_pool
         pool.connection_class = _patient(pool.connection_class)

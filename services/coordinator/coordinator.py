@@ -43,7 +43,7 @@ _ENDING_S = 0.2
 """What a generation may take to open, or to end once its client is gone, before another request is told to wait."""
 _MAX_ASKING = 32
 """Openings and looks at sessions that ask the store at the same moment; the others wait. More would make each of them
-later, and take the connections of the committer (services.common.redis_client.MAX_CONNECTIONS)."""
+later, and leave too few connections to the committer (services.common.redis_client.MIN_CONNECTIONS)."""
 _OPENING_S = 5.0
 """What openings may take to end when the coordinator stops: more than the store takes to answer, or to be given up."""
 

@@ -237,3 +237,8 @@ def test_a_sentinel_urls_parts_reach_the_clients() -> None:
         ("two", 26379, "secret"),
     ]
     assert all(s["ssl_ca_certs"] == "/ca" for s in (settings, *sentinels))
+
+
+def test_a_url_of_too_few_connections_is_refused_with_the_limit() -> None:
+    with pytest.raises(ConfigError, match=f"max_connections is 8, but at least {redis_client.MIN_CONNECTIONS}"):
+        redis_client.connect("redis://127.0.0.1/0?max_connections=8", 1.0)
