@@ -12,6 +12,11 @@ from services.common.tls import channel_credentials
 from services.common.tls_files import TlsFiles
 
 
+_ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+_IDLE_MS = 300_000
+"""Without a call for this long a balanced channel lets its connections go, which round_robin would open anew else."""
+
+
 class Channels:
     """Opens channels, in plaintext without `tls`. With a `name`, the server's certificate must have it as a DNS name,
     whatever the address is: pods are reached by addresses that no certificate knows."""
@@ -28,7 +33,7 @@ class Channels:
         self._tls = tls
         self._options: list[tuple[str, int | str]] = [*channel_options(max_message_bytes)]
         if balanced:
-            self._options.append(("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'))
+            self._options += [("grpc.service_config", _ROUND_ROBIN), ("grpc.client_idle_timeout_ms", _IDLE_MS)]
         if tls is not None and name:
             self._options.append(("grpc.ssl_target_name_override", name))
 
