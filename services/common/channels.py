@@ -11,7 +11,6 @@ from services.common.rpc import MAX_WORKER_MESSAGE_BYTES, channel_options
 from services.common.tls import channel_credentials
 from services.common.tls_files import TlsFiles
 
-
 _ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 _IDLE_MS = 300_000
 """Without a call for this long a balanced channel lets its connections go, which round_robin would open anew else."""
