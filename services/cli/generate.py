@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import random
 import sys
 
 import click
@@ -104,9 +103,7 @@ async def _generate(
     *,
     stream: bool,
 ) -> Result:
-    addresses = address.split(",")
-    random.shuffle(addresses)  # a client takes them in turn: one that calls once would always call the first
-    async with OutriderClient(*addresses, access=access) as client:
+    async with OutriderClient(*address.split(","), access=access) as client:
         generation = client.generate(prompt, options, session_id=session_id)
         if not stream:
             return await generation.complete()

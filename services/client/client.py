@@ -35,8 +35,8 @@ class OutriderClient:
     """A client of one or several interchangeable coordinators. Async context manager; one event loop."""
 
     def __init__(self, *addresses: str, retry: RetryPolicy | None = None, access: Access | None = None) -> None:
-        """`addresses` are host:port, or names of several coordinators such as dns:///name:port; calls take all of them
-        in turn, the first one first. Connects when first used; in plaintext and without an API key unless `access` says
+        """`addresses` are host:port, or names of several coordinators such as dns:///name:port; sessions spread
+        over all of them. Connects when first used; in plaintext and without an API key unless `access` says
         otherwise. Raises ValueError without an address, ConfigError for an `access` that cannot be used."""
         self._connections = Connections(addresses, access)
         self._retry = retry or RetryPolicy()
@@ -92,12 +92,12 @@ class OutriderClient:
     async def get_session(self, session_id: str) -> SessionRecord:
         """Raises NotFound for an unknown session."""
         request = coordinator_pb2.GetSessionRequest(session_id=session_id)
-        return session_from_proto(await self._call(lambda stub, **how: stub.GetSession(request, **how)))
+        return session_from_proto(await self._call(lambda stub, **how: stub.GetSession(request, **how), session_id))
 
     async def close_session(self, session_id: str) -> None:
         """Ends a session and frees what it holds. Raises NotFound for an unknown session."""
         request = coordinator_pb2.CloseSessionRequest(session_id=session_id)
-        await self._call(lambda stub, **how: stub.CloseSession(request, **how))
+        await self._call(lambda stub, **how: stub.CloseSession(request, **how), session_id)
 
     async def list_models(self) -> tuple[ServedModel, ...]:
         """The models that requests may name, in order of their names."""
@@ -110,11 +110,11 @@ class OutriderClient:
         request = coordinator_pb2.GetClusterStatusRequest()
         return status_from_proto(await self._call(lambda stub, **how: stub.GetClusterStatus(request, **how)))
 
-    async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]]) -> T:
+    async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]], session_id: str = "") -> T:
         """Tries each address once; only unreachable coordinators are passed over."""
         failure: OutriderError | None = None
-        for _ in range(len(self._connections)):
-            connection = self._connections.next()
+        for attempt in range(len(self._connections)):
+            connection = self._connections.choose(session_id, attempt)
             try:
                 how = {"timeout": _UNARY_TIMEOUT_S, "metadata": connection.metadata}
                 answer = await connection.track(call(connection.stub, **how))

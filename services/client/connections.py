@@ -1,15 +1,18 @@
 """The client's channels: one for each coordinator address, opened when first used.
 
-Owns: which coordinator is the next one, and that new calls go out with the newest certificates.
+Owns: which coordinator a call goes to, and that new calls go out with the newest certificates.
 Must not know: what is called on it.
 
-Calls take the addresses in turn, and what one address resolves to as well. One that has failed is left out, but for a
-trial now and then (services.common.breaker): so a coordinator that comes back gets its share again.
+A session has its home among the addresses, the same for all clients that name them in the same order: there its turns
+meet what is still to be written of them. While the home is failing (services.common.breaker) the next address takes its
+place, and when it is back it has its sessions again. Where one address resolves to several coordinators, calls take
+them in turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
     from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
 
 C = TypeVar("C", bound=grpc.aio.RpcContext)
+
+
+def home_of(session_id: str, num_addresses: int) -> int:
+    """The place among the addresses that a session's calls go to; 0 without a session."""
+    return zlib.crc32(session_id.encode()) % num_addresses
 
 
 class Connection:
@@ -66,17 +74,16 @@ class Connections:
         self._connections: dict[int, Connection] = {}
         self._retired: list[Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self._turn = 0
-        """The place of the address that the next call goes to, if it may."""
 
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def next(self) -> Connection:
-        """The next coordinator. Connects in the background; a call fails with UNAVAILABLE if that fails."""
-        places = [(self._turn + i) % len(self) for i in range(len(self))]
-        place = next((place for place in places if self._breakers[place].allows), self._turn)
-        self._turn = (place + 1) % len(self)
+    def choose(self, session_id: str, attempt: int) -> Connection:
+        """The session's coordinator; of all calls without a session: the first one. Connects in the background; a call
+        fails with UNAVAILABLE if that fails. While all are failing, each `attempt` goes to another one."""
+        home = home_of(session_id, len(self))
+        places = [(home + i) % len(self) for i in range(len(self))]
+        place = next((place for place in places if self._breakers[place].allows), places[attempt % len(self)])
         self._breakers[place].begin()
         return self._at(place)
 

@@ -173,7 +173,7 @@ class Generation:
         return max(tenacity.wait_random(ceiling_s / 2, ceiling_s)(state), asked_ms / 1e3)
 
     def _begin_call(self) -> _Call:
-        self._connection = connection = self._connections.next()
+        self._connection = connection = self._connections.choose(self._request.session_id, self._num_streams)
         return connection.track(connection.stub.Generate(self._next_request(), metadata=connection.metadata))
 
     def _end_call(self) -> None:

@@ -21,6 +21,7 @@ from services.common.session_store import SessionStore
 from services.common.values import TokenOrigin, VerificationMethod
 from services.target.server import running_target
 from tests.fakes.coordinator_process import coordinator_process
+from tests.fakes.homes import session_at
 from tests.fakes.redis_process import DURABLE, RedisProcess, running
 from tests.fakes.tcp_proxy import TcpProxy, proxied
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
@@ -86,7 +87,7 @@ async def test_no_token_is_lost_or_doubled_whatever_is_cut(
         two_ways(cluster, redis_url) as proxies,
         OutriderClient(*[proxy.address for proxy in proxies], retry=IMPATIENT) as client,
     ):
-        generation = client.generate("hi", options)
+        generation = client.generate("hi", options, session_id=session_at(0))
         reading = asyncio.create_task(Seen().read(generation, choose.choice([0.0, 0.003])))
         while not reading.done():
             await asyncio.wait([reading], timeout=choose.uniform(0.02, 0.2))
@@ -118,7 +119,7 @@ async def test_a_killed_coordinators_generation_goes_on_at_another(cluster: Clus
         process(cluster, redis_url) as (child, address),
         OutriderClient(address, f"127.0.0.1:{cluster.coordinator.port}") as client,
     ):
-        generation, seen = client.generate("hi", OPTIONS), Seen()
+        generation, seen = client.generate("hi", OPTIONS, session_id=session_at(0)), Seen()
         reading = asyncio.create_task(seen.read(generation))
         assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
         child.kill()
@@ -137,7 +138,7 @@ async def test_a_client_that_has_everything_saves_a_generation_that_store_and_co
                 process(cluster, store.url) as (child, address),
                 OutriderClient(address, f"127.0.0.1:{cluster.coordinator.port}") as client,
             ):
-                generation, seen = client.generate("hi", OPTIONS), Seen()
+                generation, seen = client.generate("hi", OPTIONS, session_id=session_at(0)), Seen()
                 reading = asyncio.create_task(seen.read(generation))
                 assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
                 store.kill()
@@ -166,7 +167,7 @@ async def test_tokens_that_went_out_while_redis_was_away_are_adopted_where_their
                 process(cluster, store.url) as (child, address),
                 OutriderClient(address, f"127.0.0.1:{cluster.coordinator.port}") as client,
             ):
-                generation, seen = client.generate("hi", options), Seen()
+                generation, seen = client.generate("hi", options, session_id=session_at(0)), Seen()
                 reading = asyncio.create_task(seen.read(generation))
                 assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
                 store.kill()
@@ -230,7 +231,9 @@ async def test_what_stays_unreachable_ends_with_an_error_that_says_how_often_it_
         OutriderClient(*[proxy.address for proxy in proxies], retry=policy) as client,
     ):
         seen = Seen()
-        reading = asyncio.create_task(seen.read(client.generate("hi", replace(OPTIONS, max_tokens=2000))))
+        reading = asyncio.create_task(
+            seen.read(client.generate("hi", replace(OPTIONS, max_tokens=2000), session_id=session_at(0)))
+        )
         assert await wait_until(lambda: len(seen.token_ids) >= 10, 10, 0.005)
         for proxy in proxies:
             proxy.cut()
@@ -248,7 +251,7 @@ async def test_a_silent_coordinator_is_left_after_the_heartbeats_timeout(
         OutriderClient(*[proxy.address for proxy in proxies], retry=IMPATIENT) as client,
     ):
         seen = Seen()
-        generation = client.generate(TokenIds((65, 66)), OPTIONS)
+        generation = client.generate(TokenIds((65, 66)), OPTIONS, session_id=session_at(0))
         reading = asyncio.create_task(seen.read(generation))
         assert await wait_until(lambda: len(seen.token_ids) >= 10, 10, 0.005)
         if silenced:
@@ -278,7 +281,7 @@ async def test_a_store_that_lost_its_data_and_its_clock_goes_on_beyond_what_work
         two_ways(cluster, redis_url) as proxies,
         OutriderClient(*[proxy.address for proxy in proxies], retry=IMPATIENT) as client,
     ):
-        generation, seen = client.generate("hi", OPTIONS), Seen()
+        generation, seen = client.generate("hi", OPTIONS, session_id=session_at(0)), Seen()
         reading = asyncio.create_task(seen.read(generation))
         assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
         coordinator = cluster.coordinator.coordinator

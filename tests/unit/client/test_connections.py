@@ -1,33 +1,42 @@
-"""Calls take turns over coordinators, leave out those that fail, and come back to those that return."""
+"""Sessions have homes among the coordinators, leave those that fail, and come back to those that return."""
 
 from __future__ import annotations
 
 import asyncio
 
 from services.client import OutriderClient, RetryPolicy
+from services.client.connections import home_of
 from services.common.rpc import GrpcServer
 from tests.fakes.coordinator import SERVICE, FakeCoordinator, serving, whole
+from tests.fakes.homes import session_at
 
 QUICK = RetryPolicy(max_attempts=8, max_attempts_unreached=8, initial_backoff_s=0.001, max_backoff_s=0.002)
 
 
 async def generate(client: OutriderClient, number: int) -> int:
-    """One after the other. Returns how often they had to try again."""
-    results = [await client.complete("hi") for _ in range(number)]
+    """One after the other, of sessions of both places in turn. Returns how often they had to try again."""
+    results = [await client.complete("hi", session_id=session_at(i % 2)) for i in range(number)]
     assert {len(result.tokens) for result in results} == {2}
     return sum(result.num_resumptions for result in results)
 
 
-async def test_generations_take_the_addresses_in_turn() -> None:
-    one, two, three = (FakeCoordinator(whole(2)) for _ in range(3))
-    async with (
-        serving(one) as first,
-        serving(two) as second,
-        serving(three) as third,
-        OutriderClient(first, second, third, retry=QUICK) as client,
-    ):
-        await generate(client, 9)
-    assert [len(fake.requests) for fake in (one, two, three)] == [3, 3, 3]
+def test_sessions_spread_over_the_addresses() -> None:
+    counts = [0, 0, 0]
+    for i in range(3000):
+        counts[home_of(f"00000000-0000-4000-8000-{i:012}", 3)] += 1
+    assert min(counts) > 900
+
+
+async def test_all_of_a_sessions_calls_go_to_the_same_coordinator() -> None:
+    fakes = [FakeCoordinator(whole(2)) for _ in range(3)]
+    async with serving(fakes[0]) as first, serving(fakes[1]) as second, serving(fakes[2]) as third:
+        for place in range(3):
+            session_id = session_at(place, 3)
+            for _ in range(2):
+                async with OutriderClient(first, second, third, retry=QUICK) as client:
+                    await client.complete("hi", session_id=session_id)
+                    await client.complete("hi", session_id=session_id)
+            assert [request.session_id for request in fakes[place].requests] == [session_id] * 4
 
 
 async def test_a_name_of_several_coordinators_gives_each_of_them_a_share() -> None:
@@ -58,7 +67,7 @@ async def test_a_coordinator_that_is_gone_is_left_out_and_has_its_share_again_wh
         server.add(SERVICE, returned)
         async with server, client, asyncio.timeout(20):
             while not returned.requests:
-                await generate(client, 1)
+                await generate(client, 2)
             num_before = len(returned.requests)
             await generate(client, 8)
             assert len(returned.requests) == num_before + 4

@@ -15,6 +15,7 @@ from services.common.errors import Aborted, DataLoss, InvalidArgument, NotFound,
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.values import FinishReason, TokenOrigin, VerificationMethod
 from tests.fakes.coordinator import WORDS, FakeCoordinator, finished, play, serving, started, tokens, whole
+from tests.fakes.homes import session_at
 
 QUICK = RetryPolicy(
     max_attempts=4,
@@ -262,7 +263,7 @@ async def test_another_address_takes_over():
         serving(healthy) as second,
         OutriderClient(first, second, retry=QUICK) as client,
     ):
-        result = await client.complete("hi")
+        result = await client.complete("hi", session_id=session_at(0))
     assert result.token_ids == (100, 101, 102, 103)
     assert [len(dying.requests), len(healthy.requests)] == [1, 1]
 
