@@ -25,7 +25,7 @@ from services.coordinator.draft_length import AdaptiveLength, DraftLength, Fixed
 from services.coordinator.generation import Generation, Timeouts
 from services.coordinator.journal import Journal
 from services.coordinator.opening import Opened, SessionOpener, busy, check_same_request, new_trimmer, replay
-from services.coordinator.output import Output, Started
+from services.coordinator.output import TICKS_A_HEARTBEAT, Output, Started
 from services.coordinator.placement import Placed, Placement
 from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
@@ -338,10 +338,9 @@ class Coordinator:
         )
 
     async def _beat_streams(self) -> None:
-        """Signs of life to clients whose streams are quiet. A stream counts as quiet only from the first look at it on
-        which nothing was sent since the look before, so these come at half the heartbeat's interval."""
+        """Signs of life to clients whose streams are quiet."""
         while True:
-            await asyncio.sleep(self._config.heartbeat_ms / 2e3)
+            await asyncio.sleep(self._config.heartbeat_ms / 1e3 / TICKS_A_HEARTBEAT)
             for running in self._running.values():
                 running.output.tick()
 

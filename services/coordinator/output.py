@@ -15,6 +15,8 @@ from services.common.values import FinishReason
 from services.coordinator.statistics import GenerationStatistics
 from services.coordinator.trim import Trimmed
 
+TICKS_A_HEARTBEAT = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -52,7 +54,7 @@ class Output:
         self._num_unread_tokens = 0
         self._durable_len = durable_len
         self._heartbeat = False
-        self._quiet = False
+        self._num_quiet_ticks = 0
         self._finish: FinishReason | None = None
         self._statistics: GenerationStatistics | None = None
         self._error: OutriderError | None = None
@@ -88,11 +90,12 @@ class Output:
         _wake(self._writer)
 
     def tick(self) -> None:
-        """To be called at half the heartbeat's interval: a stream that was quiet since the last call gets one."""
-        if self._quiet:
+        """To be called TICKS_A_HEARTBEAT times in the heartbeat's interval: a stream that was quiet for that long gets
+        a heartbeat."""
+        self._num_quiet_ticks += 1
+        if self._num_quiet_ticks > TICKS_A_HEARTBEAT:  # the first of them came sooner than a tick after the message
             self._heartbeat = True
             _wake(self._reader)
-        self._quiet = True
 
     async def writable(self) -> None:
         """Waits while the output is full. Raises Aborted SLOW_CLIENT when that takes too long."""
@@ -115,7 +118,7 @@ class Output:
                 await self._reader
             kept, self._kept = tuple(self._kept), []
             self._num_unread_tokens = 0
-            self._heartbeat = self._quiet = False
+            self._heartbeat, self._num_quiet_ticks = False, 0
             _wake(self._writer)
             finish = self._finish
             if kept or finish or not self._error:
