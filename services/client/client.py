@@ -19,7 +19,7 @@ import grpc.aio
 from outrider.v1 import coordinator_pb2
 
 from services.client.access import Access
-from services.client.connections import Connections
+from services.client.connections import Connection, Connections
 from services.client.generation import Generation
 from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
@@ -113,8 +113,9 @@ class OutriderClient:
     async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]], session_id: str = "") -> T:
         """Tries each address once; only unreachable coordinators are passed over."""
         failure: OutriderError | None = None
-        for attempt in range(len(self._connections)):
-            connection = self._connections.choose(session_id, attempt)
+        connection: Connection | None = None
+        for _ in range(len(self._connections)):
+            connection = self._connections.choose(session_id, after=connection)
             try:
                 how = {"timeout": _UNARY_TIMEOUT_S, "metadata": connection.metadata}
                 answer = await connection.track(call(connection.stub, **how))

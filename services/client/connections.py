@@ -78,17 +78,18 @@ class Connections:
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def choose(self, session_id: str, attempt: int) -> Connection:
-        """The session's coordinator; of all calls without a session: the first one. Connects in the background; a call
-        fails with UNAVAILABLE if that fails. While all are failing, each `attempt` goes to another one."""
-        home = home_of(session_id, len(self))
-        places = [(home + i) % len(self) for i in range(len(self))]
-        place = next((place for place in places if self._breakers[place].allows), places[attempt % len(self)])
+    def choose(self, session_id: str, after: Connection | None = None) -> Connection:
+        """The session's coordinator, or the first one without a session; where `after` has just failed the caller, the
+        next. Those that have failed anybody come last. Connects in the background; a call fails with UNAVAILABLE if
+        that fails."""
+        start = home_of(session_id, len(self)) if after is None else after.place + 1
+        places = [(start + i) % len(self) for i in range(len(self))]
+        place = next((place for place in places if self._breakers[place].allows), places[0])
         self._breakers[place].begin()
         return self._at(place)
 
     def succeeded(self, connection: Connection) -> None:
-        """It has answered."""
+        """It has begun to answer a call. (What it goes on with tells nothing: one that stops still does that.)"""
         self._breakers[connection.place].succeeded()
 
     def failed(self, connection: Connection) -> None:

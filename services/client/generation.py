@@ -173,7 +173,7 @@ class Generation:
         return max(tenacity.wait_random(ceiling_s / 2, ceiling_s)(state), asked_ms / 1e3)
 
     def _begin_call(self) -> _Call:
-        self._connection = connection = self._connections.choose(self._request.session_id, self._num_streams)
+        self._connection = connection = self._connections.choose(self._request.session_id, after=self._connection)
         return connection.track(connection.stub.Generate(self._next_request(), metadata=connection.metadata))
 
     def _end_call(self) -> None:
@@ -196,7 +196,7 @@ class Generation:
 
     async def _read(self) -> coordinator_pb2.GenerateResponse:
         """The next message; of a new stream if there is none."""
-        if self._call is None:
+        if is_first := self._call is None:
             self._call, timeout_s = self._begin_call(), self._policy.first_message_timeout_s
         else:
             timeout_s = self._policy.heartbeat_timeout_s
@@ -210,7 +210,7 @@ class Generation:
         if not isinstance(response, coordinator_pb2.GenerateResponse):
             raise Unavailable("STREAM_BROKEN", "the coordinator ended the stream before the generation's end")
         self._reached = True
-        if self._connection is not None:
+        if is_first and self._connection is not None:
             self._connections.succeeded(self._connection)
         return response
 

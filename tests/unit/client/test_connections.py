@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from services.client import OutriderClient, RetryPolicy
 from services.client.connections import home_of
+from services.common.errors import Unavailable
 from services.common.rpc import GrpcServer
-from tests.fakes.coordinator import SERVICE, FakeCoordinator, serving, whole
+from services.common.service import wait_until
+from tests.fakes.coordinator import SERVICE, FakeCoordinator, play, serving, tokens, whole
 from tests.fakes.homes import session_at
 
 QUICK = RetryPolicy(max_attempts=8, max_attempts_unreached=8, initial_backoff_s=0.001, max_backoff_s=0.002)
@@ -71,3 +74,24 @@ async def test_a_coordinator_that_is_gone_is_left_out_and_has_its_share_again_wh
             num_before = len(returned.requests)
             await generate(client, 8)
             assert len(returned.requests) == num_before + 4
+
+
+async def test_one_that_only_ends_what_it_has_gets_nothing_new() -> None:
+    """However much it still sends of that."""
+    draining = Unavailable("DRAINING", "this coordinator is stopping", retry_after_ms=1)
+    busy = [part for i in range(500) for part in (tokens(0, 0), 0.005)]
+    stopping, other = FakeCoordinator(play(*busy), play(draining, start=False)), FakeCoordinator(whole(2))
+    policy = replace(QUICK, max_attempts_unreached=2)
+    async with (
+        serving(stopping) as first,
+        serving(other) as second,
+        OutriderClient(first, second, retry=policy) as client,
+    ):
+        reading = asyncio.create_task(client.complete("hi", session_id=session_at(0)))
+        assert await wait_until(lambda: bool(stopping.requests), 5, 0.001)
+        for _ in range(4):
+            await client.complete("hi", session_id=session_at(0))
+            await asyncio.sleep(0.02)  # it sends something meanwhile
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    assert (len(stopping.requests), len(other.requests)) == (2, 4)
