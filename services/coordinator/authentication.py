@@ -57,7 +57,7 @@ class ApiKeys(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if not details.method.startswith(_OPEN_TO_ALL):
             try:
-                self._quotas.count_request(self._authenticator.identify(details.invocation_metadata))
+                await self._quotas.count_request(self._authenticator.identify(details.invocation_metadata))
             except OutriderError as error:
                 return _refusing(error)
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(details)

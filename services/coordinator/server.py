@@ -23,6 +23,7 @@ from services.common.channels import Channels
 from services.common.errors import Unavailable
 from services.common.metrics import metrics_endpoint, new_registry
 from services.common.open_tracer import open_tracer
+from services.common.quota_ledger import QuotaLedger
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
@@ -112,7 +113,8 @@ async def running_coordinator(
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
         status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
         authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
-        quotas = Quotas()
+        quotas = Quotas(QuotaLedger(store.redis))
+        await stack.enter_async_context(quotas.reporting())
         servicer = CoordinatorServicer(
             config, coordinator, placement, tokenizers, status, authenticator=authenticator, quotas=quotas
         )

@@ -32,7 +32,7 @@ from services.common.errors import (
 )
 from services.common.rpc import error_from_rpc
 from services.common.service import end_tasks, wait_until
-from tests.integration.coordinator.conftest import TARGET, Cluster, start_cluster
+from tests.integration.coordinator.conftest import TARGET, Cluster, node, start_cluster
 
 __all__ = ["start_cluster"]  # the fixture
 
@@ -271,6 +271,36 @@ async def test_sessions_at_once_are_limited_and_a_resumption_is_no_further_one(g
         key = guarded.keys.texts["ann"]
         async with OutriderClient(guarded.address, access=Access(api_key=key)) as patient:  # waits as it is told to
             assert (await patient.complete("another", OPTIONS)).tokens
+
+
+async def test_limits_hold_for_all_coordinators_together(guarded: Guarded, redis_url: str) -> None:
+    guarded.keys.add("ann", max_sessions=1, tokens_per_min=60)
+    key = guarded.keys.texts["ann"]
+    coordinator = guarded.cluster.coordinator.coordinator
+    async with (
+        node(guarded.cluster, redis_url, api_keys_file=str(guarded.keys.path)) as other,
+        OutriderClient(f"127.0.0.1:{other.port}", access=Access(api_key=key), retry=ONCE) as elsewhere,
+    ):
+        request = pb.GenerateRequest(prompt="Hello", max_tokens=30_000, ignore_eos=True)
+        call = guarded.cluster.stub.Generate(request, metadata=[("authorization", f"Bearer {key}")])
+        num_tokens = 0
+        while num_tokens < 90:
+            num_tokens += len((await call.read()).token_ids)
+        assert await refusal(elsewhere) in ("TOO_MANY_SESSIONS", "RATE_LIMITED")  # the latter once it is reported
+        call.cancel()
+        assert await wait_until(lambda: coordinator.num_running == 0, 10)
+        async with asyncio.timeout(5):  # it tells what it counted at the end, or a second later
+            while (reason := await refusal(elsewhere)) != "RATE_LIMITED":
+                assert reason in ("", "TOO_MANY_SESSIONS")
+
+
+async def refusal(client: OutriderClient) -> str:
+    """Why the client may not generate; empty where it may."""
+    try:
+        await client.complete("another", OPTIONS)
+    except ResourceExhausted as error:
+        return error.reason
+    return ""
 
 
 async def test_caches_of_different_keys_never_meet(guarded: Guarded) -> None:
