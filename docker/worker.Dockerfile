@@ -20,7 +20,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
     tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt \
         ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch && \
     mkdir -p services protos/gen && touch services/__init__.py && \
-    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[engine]'
+    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[engine,int8,cuda,traces]'
 COPY protos protos
 COPY services services
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/build-ca.pem \
