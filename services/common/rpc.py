@@ -73,6 +73,8 @@ class ServerLimits:
     max_streams_a_connection: int = 256
     max_concurrent_rpcs: int = 1024
     """On all connections together; further ones are refused with RESOURCE_EXHAUSTED."""
+    max_pending_calls: int = 1000
+    """That Python has not looked at yet. Of those beyond, gRPC answers some CANCELLED, beyond three times this all."""
     handshake_s: float = 10.0
     """For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
     max_idle_s: float = 600.0
@@ -89,6 +91,8 @@ def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_streams_a_connection),
+        ("grpc.server.max_pending_requests", limits.max_pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", 3 * limits.max_pending_calls),
         ("grpc.server_handshake_timeout_ms", int(1e3 * limits.handshake_s)),
         ("grpc.max_connection_idle_ms", int(1e3 * limits.max_idle_s)),
         ("grpc.so_reuseport", 0),
