@@ -112,8 +112,13 @@ class _Usage:
         return bool(self.limits.tokens_per_min or self.limits.max_sessions)
 
     @property
+    def held(self) -> bool:
+        """Whether the fleet holds sessions of this coordinator."""
+        return bool(self.limits.max_sessions and self.sessions)
+
+    @property
     def unreported(self) -> bool:
-        return self.shared and bool(self._num_unreported or self._ended or self.sessions)
+        return self.shared and bool(self._num_unreported or self._ended)
 
     def tokens_used(self, owner: str) -> Use:
         """Since the last report; they count as reported from now on."""
@@ -121,11 +126,11 @@ class _Usage:
         self._num_unreported = 0
         return use
 
-    def used(self, owner: str) -> Use:
-        """The same, with the sessions."""
+    def used(self, owner: str, *, renew: bool) -> Use:
+        """The same, with the sessions that ended; with those that go on to `renew` them."""
         ended = tuple(self._ended - self.sessions.keys())
         self._ended.clear()
-        return self.tokens_used(owner)._replace(ended=ended, running=tuple(self.sessions))
+        return self.tokens_used(owner)._replace(ended=ended, running=tuple(self.sessions) if renew else ())
 
 
 class Quotas:
@@ -170,7 +175,9 @@ class Quotas:
         finally:
             usage.release(session_id, entered=entered)
             if entered and usage.shared and not self._ledger.away:
-                await self.report()  # before the client hears of the end: there is room everywhere for its next one
+                await self.report(
+                    renew=False
+                )  # before the client hears of the end: there is room everywhere for its next one
 
     @contextlib.asynccontextmanager
     async def reporting(self) -> AsyncIterator[None]:
@@ -187,12 +194,16 @@ class Quotas:
         finally:
             await end_tasks(task)
 
-    async def report(self) -> None:
-        """Tells the fleet at once. One at a time: an older report cannot hold a session that a newer one gave back."""
+    async def report(self, *, renew: bool = True) -> None:
+        """Tells the fleet what is new, at once; `renew`: and which sessions go on.
+
+        One at a time: an older report cannot hold a session that a newer one gave back. Whoever waits for another's
+        report mostly finds that it said everything.
+        """
         async with self._reporting:
-            unreported = {name: usage for name, usage in self._usages.items() if usage.unreported}
-            answers = await self._ledger.report([usage.used(name) for name, usage in unreported.items()])
-            for usage, answer in zip(unreported.values(), answers or (), strict=False):
+            news = [(name, usage) for name, usage in self._usages.items() if usage.unreported or (renew and usage.held)]
+            answers = await self._ledger.report([usage.used(name, renew=renew) for name, usage in news])
+            for (_, usage), answer in zip(news, answers or (), strict=False):
                 usage.tokens.catch_up(answer.spent)
 
     def _check(self, usage: _Usage, num_other_sessions: int) -> None:
