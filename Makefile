@@ -113,9 +113,9 @@ check-deploy: setup fuzz-quick ## All of deployment: chart, Dockerfiles and comp
 	$(BIN)/python -m pytest -q $(DEPLOY_TESTS)
 
 FROM ?=
-check-upgrade: setup ## Replace each part under load, from a predecessor's messages and to a successor's (FROM=REF: from that commit too)
+check-upgrade: setup ## Replace each part under load, by one of another version (bench/results/upgrade.json; FROM=REF: from that commit too)
 	@if [ -n "$(FROM)" ]; then $(BIN)/python -m deploy.tools.predecessor "$(FROM)" build/predecessor; fi
-	$(if $(FROM),OUTRIDER_PREDECESSOR=$(CURDIR)/build/predecessor) $(BIN)/python -m pytest -q tests/e2e/test_rolling_update.py tests/integration/coordinator/test_predecessor.py tests/unit/common/test_predecessor.py
+	OUTRIDER_UPGRADE_RESULTS=bench/results/upgrade.json $(if $(FROM),OUTRIDER_PREDECESSOR=$(CURDIR)/build/predecessor) $(BIN)/python -m pytest -q tests/e2e/test_rolling_update.py tests/integration/coordinator/test_predecessor.py tests/unit/common/test_predecessor.py
 
 images: setup ## Build the images with docker or buildah (ARGS="--variant cuda", "--base-image REF", "coordinator")
 	$(BIN)/python -m deploy.tools.images $(ARGS)

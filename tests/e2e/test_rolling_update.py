@@ -1,12 +1,14 @@
 """Every part is replaced by one of another version under load, as a rolling update does it: nobody notices.
 
-With OUTRIDER_PREDECESSOR, a checkout of an earlier version with its own stubs, also from that one.
+With OUTRIDER_PREDECESSOR, a checkout of an earlier version with its own stubs, also from that one. What was seen goes
+into the file OUTRIDER_UPGRADE_RESULTS.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass, field, replace
@@ -173,7 +175,13 @@ def _case(before: Version, after: Version, order: tuple[str, ...]) -> Any:
 
 @pytest.mark.parametrize(("before", "after", "order"), [_case(*update) for update in UPDATES])
 async def test_replacing_every_part_under_load_fails_no_request_and_changes_no_token(
-    api: KubernetesApi, tmp_path: Path, redis_url: str, before: Version, after: Version, order: tuple[str, ...]
+    api: KubernetesApi,
+    tmp_path: Path,
+    redis_url: str,
+    before: Version,
+    after: Version,
+    order: tuple[str, ...],
+    request: pytest.FixtureRequest,
 ) -> None:
     async with deployed(api, tmp_path / "config", redis_url, before) as deployment:
         deployment.version = after
@@ -193,3 +201,16 @@ async def test_replacing_every_part_under_load_fails_no_request_and_changes_no_t
     assert [result.token_ids for _, result in load.results] == [result.token_ids for result in undisturbed]
     assert all(len(result.tokens) == num_tokens(seed) for seed, result in load.results)
     assert sum(result.statistics.num_accepted_tokens for _, result in load.results) > 0
+    if results := os.environ.get("OUTRIDER_UPGRADE_RESULTS"):
+        record(Path(results), request.node.callspec.id, [result for _, result in load.results])
+
+
+def record(path: Path, update: str, results: list[Result]) -> None:
+    """Beside what other updates left in the file."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[update] = {
+        "generations": len(results),
+        "tokens": sum(len(result.tokens) for result in results),
+        "resumed_generations": sum(result.num_resumptions > 0 for result in results),
+    }
+    path.write_text(json.dumps(known, indent=2) + "\n")
