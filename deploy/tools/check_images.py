@@ -54,6 +54,7 @@ def settings(redis_url: str, trace_endpoint: str) -> dict[str, dict[str, str]]:
             "OUTRIDER_TARGETS": f"127.0.0.1:{ports['target']}",
             "OUTRIDER_DRAFTS": f"127.0.0.1:{ports['draft']}",
             "OUTRIDER_TOKENIZER": "simulated",
+            "OUTRIDER_TRACE_SAMPLE": "1",
         },
         "draft": {"OUTRIDER_DRAFTER": "simulated"},
         "target": {"OUTRIDER_MODEL": "simulated", "OUTRIDER_SIMULATED_STEP_MS": "5"},
@@ -62,7 +63,6 @@ def settings(redis_url: str, trace_endpoint: str) -> dict[str, dict[str, str]]:
         "OUTRIDER_HOST": "127.0.0.1",
         "OUTRIDER_DRAIN_S": "5",
         "OUTRIDER_TRACE_ENDPOINT": trace_endpoint,
-        "OUTRIDER_TRACE_SAMPLE": "1",
     }
     return {
         name: {

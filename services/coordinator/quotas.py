@@ -98,12 +98,12 @@ class _Usage:
     def hold(self, session_id: str) -> None:
         self.sessions[session_id] += 1
 
-    def release(self, session_id: str, *, entered: bool) -> None:
-        """`entered`: the fleet was told of it."""
+    def release(self, session_id: str, *, told: bool) -> None:
+        """`told`: the fleet knows of it."""
         self.sessions[session_id] -= 1
         if not self.sessions[session_id]:
             del self.sessions[session_id]
-            if entered:
+            if told:
                 self._ended.add(session_id)
 
     @property
@@ -163,21 +163,19 @@ class Quotas:
         Raises ResourceExhausted RATE_LIMITED while the tokens of the last minute exceed the limit, TOO_MANY_SESSIONS
         where as many other sessions run as may.
         """
-        usage, entered = self._usage(owner), False
+        usage, told = self._usage(owner), False
         self._check(usage, len(usage.sessions) - (session_id in usage.sessions))
         usage.hold(session_id)
         try:
-            if usage.shared and (fleet := await self._ledger.enter(usage.tokens_used(owner.name), session_id)):
-                usage.tokens.catch_up(fleet.spent)
-                self._check(usage, fleet.num_other_sessions)
-            entered = True
+            if usage.shared:
+                await self._enter(usage, owner.name, session_id)
+                told = True
             yield usage.take_tokens
         finally:
-            usage.release(session_id, entered=entered)
-            if entered and usage.shared and not self._ledger.away:
-                await self.report(
-                    renew=False
-                )  # before the client hears of the end: there is room everywhere for its next one
+            usage.release(session_id, told=told)
+            # Before the client hears of the end: there is room at every coordinator for its next one.
+            if told and not self._ledger.away:
+                await self.report(renew=False)
 
     @contextlib.asynccontextmanager
     async def reporting(self) -> AsyncIterator[None]:
@@ -205,6 +203,12 @@ class Quotas:
             answers = await self._ledger.report([usage.used(name, renew=renew) for name, usage in news])
             for (_, usage), answer in zip(news, answers or (), strict=False):
                 usage.tokens.catch_up(answer.spent)
+
+    async def _enter(self, usage: _Usage, owner: str, session_id: str) -> None:
+        """Raises as `generation` where the fleet as a whole has used as much as may be."""
+        if fleet := await self._ledger.enter(usage.tokens_used(owner), session_id):
+            usage.tokens.catch_up(fleet.spent)
+            self._check(usage, fleet.num_other_sessions)
 
     def _check(self, usage: _Usage, num_other_sessions: int) -> None:
         tokens_per_min, max_sessions = usage.limits.tokens_per_min, usage.limits.max_sessions

@@ -79,3 +79,4 @@ async def test_without_limits_nothing_is_refused() -> None:
         await quotas.count_request(owner)
         async with quotas.generation(owner, str(number)) as count:
             count(10**9)
+    assert not quotas._usages["ann"]._ended  # nobody would ever take them away
