@@ -144,6 +144,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
     return kind(reason, text, field=field, retry_after_ms=retry_after_ms, metadata=metadata)
 
 
+def code_name(error: OutriderError) -> str:
+    """Its status code, as metrics call it."""
+    return _CODE_NAMES[error.code]
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderError) -> None:
     """Ends the call with the error's status. Always raises."""
     status = rpc_status.to_status(status_from_error(error))
@@ -220,7 +225,7 @@ async def _errors_to_status(
     try:
         yield
     except OutriderError as error:
-        code, reason = _CODE_NAMES[error.code], error.reason
+        code, reason = code_name(error), error.reason
         await abort(context, error)
     except grpc.aio.AbortError:
         code = "ABORTED"

@@ -51,6 +51,7 @@ from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 
 log = logging.getLogger(__name__)
 
+_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
 _SPARE_CALLS = 64
 """Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
@@ -119,7 +120,7 @@ async def running_coordinator(
             config, coordinator, placement, tokenizers, status, authenticator=authenticator, quotas=quotas
         )
         server = _server(config, authenticator, quotas, calls)
-        server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
+        server.add(_SERVICE, servicer)
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
@@ -142,7 +143,9 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
         config.port,
         limits=limits,
         credentials=server_credentials(tls) if tls else None,
-        interceptors=[ApiKeys(authenticator, quotas)] if authenticator.required else [],
+        interceptors=[ApiKeys(authenticator, quotas, calls, _SERVICE.methods_by_name)]
+        if authenticator.required
+        else [],
         probe_port=config.probe_port_number,
         reflect=config.reflection,
         calls=calls,
