@@ -30,7 +30,7 @@ from deploy.tools.images import IMAGES, find_engine, version
 _START_S = 120.0
 _STOP_S = 60.0
 RESULTS = Path("bench/results/images.json")
-OPTIONAL = {"coordinator": "kubernetes.config", "draft": "torchao, pynvml", "target": "torchao, pynvml"}
+OPTIONAL = {"coordinator": "kubernetes.config", "draft": "torchao, pynvml", "target": "pynvml"}
 """What an image needs for settings that this check leaves alone: discovery, int8, a GPU's utilisation."""
 
 

@@ -52,7 +52,8 @@ def test_images_hold_what_the_charts_values_can_ask_for() -> None:
     extras = {path.name: re.search(r"'\.\[(.+)\]'", path.read_text()) for path in DOCKERFILES}
     installed = {name: set(match[1].split(",")) for name, match in extras.items() if match}
     assert installed["coordinator.Dockerfile"] == {"kubernetes", "traces"}
-    assert installed["worker.Dockerfile"] == {"engine", "int8", "cuda", "traces"}
+    assert installed["worker.Dockerfile"] == {"engine", "cuda", "traces"}
+    assert "--target /opt/int8 torchao" in DOCKERFILES[-1].read_text()
 
 
 PIP = """\
