@@ -9,7 +9,7 @@ arguments, the seed among them. Times in milliseconds.
                  hold the step for those that are due back, by the rule of services.engine.hold
     prompt       is computed by the target in shares of its steps, prefill_token_ms a token, by the rule of
                  services.engine.scheduler; its draft has it computed by then
-    coordinator  one for each target; works overhead_ms for each round, one after the other
+    coordinator  one for each target; works overhead_ms for each round of a step's, then all of them go on together
     network      delay_ms each way, so 4 * delay_ms a round
 
 Without drafts the sequences stay on the target: every step takes them all, and the coordinator works meanwhile. With
@@ -168,14 +168,20 @@ class _Simulation:
     def _stepped(self, target: Target, chunks: list[Chunk]) -> None:
         target.busy = False
         staying = {id(sequence) for sequence in target.waiting}
+        told_ms = max(target.coordinator_free_ms, self._now_ms + self._times.delay_ms)
+        told_ms += self._times.overhead_ms * sum(1 for chunk in chunks if chunk.num_rows)
+        target.coordinator_free_ms = told_ms
         for chunk in chunks:
-            if not self._settle(chunk):
+            if not self._settle(chunk, told_ms):
                 staying.discard(id(chunk.sequence))
         target.waiting = [sequence for sequence in target.waiting if id(sequence) in staying]
         self._target_step(target)
 
-    def _settle(self, chunk: Chunk) -> bool:
-        """Takes a sequence's part in a step into it; returns whether it stays, for the next one."""
+    def _settle(self, chunk: Chunk, told_ms: float) -> bool:
+        """Takes a sequence's part in a step into it; returns whether it stays, for the next one.
+
+        At `told_ms` the coordinator is done with the step.
+        """
         sequence, is_first = chunk.sequence, not chunk.sequence.num_generated
         if not chunk.num_rows:
             sequence.num_uncached -= chunk.num_tokens
@@ -187,9 +193,6 @@ class _Simulation:
         sequence.num_left -= num_new
         self._num_tokens += num_new
         self._num_rounds += 1
-        target = sequence.target
-        target.coordinator_free_ms = max(target.coordinator_free_ms, self._now_ms + self._times.delay_ms)
-        told_ms = target.coordinator_free_ms = target.coordinator_free_ms + self._times.overhead_ms
         if is_first and self._setting.request is not None:
             sequence.first_ms = told_ms
             self._ttfts_ms.append(told_ms - sequence.began_ms)

@@ -25,6 +25,12 @@ def test_plain_decoding_pays_for_every_row_and_for_the_coordinator() -> None:
     assert simulate(Times(step_ms=20.0, overhead_ms=1.0), Setting(64, 0)).tpot_ms == pytest.approx(64.0)
 
 
+def test_those_who_shared_a_step_are_drafted_for_together() -> None:
+    times = Times(step_ms=40.0, token_ms=6.0, alphas=(1.0,), delay_ms=1.0, overhead_ms=0.5)
+    cycle_ms = 40.0 + 8 * 0.5 + 2 * 6.0 + 4 * 1.0
+    assert simulate(times, Setting(8, 2)).tokens_per_s == pytest.approx(8 * 3 * 1e3 / cycle_ms, rel=0.01)
+
+
 def test_the_simulation_repeats() -> None:
     times = Times(step_ms=20.0, token_ms=2.0)
     assert simulate(times, Setting(4, 4)) == simulate(times, Setting(4, 4))
