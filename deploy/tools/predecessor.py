@@ -16,13 +16,15 @@ from grpc_tools import protoc
 
 
 def check_out(ref: str, folder: Path) -> None:
-    """Replaces what is in `folder`. Raises SystemExit where git knows no such commit, or its protos are at fault."""
+    """Replaces what is in `folder`; its file COMMIT names the commit. Raises SystemExit where git knows no such commit, or its protos are at fault."""
     archive = subprocess.run(["git", "archive", ref, "services", "protos"], capture_output=True, check=False)
     if archive.returncode:
         sys.exit(f"predecessor: {archive.stderr.decode().strip()}")
     shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
         files.extractall(folder, filter="data")
+    commit = subprocess.run(["git", "rev-parse", "--short", ref], capture_output=True, text=True, check=True)
+    (folder / "COMMIT").write_text(commit.stdout.strip())
     protos, stubs = folder / "protos", folder / "protos" / "gen"
     stubs.mkdir()
     sources = sorted(str(path) for path in protos.glob("outrider/v1/*.proto"))

@@ -163,7 +163,8 @@ async def deployed(api: KubernetesApi, config: Path, redis_url: str, version: Ve
 ROLES, BACKWARDS = ("draft", "target", "coordinator"), ("coordinator", "target", "draft")
 UPDATES = [(Version("predecessor"), PRESENT, BACKWARDS), (PRESENT, Version("successor"), ROLES)]
 if "OUTRIDER_PREDECESSOR" in os.environ:
-    checkout = Version("checkout", Path(os.environ["OUTRIDER_PREDECESSOR"]))
+    tree = Path(os.environ["OUTRIDER_PREDECESSOR"])
+    checkout = Version((tree / "COMMIT").read_text(), tree)
     UPDATES += [(checkout, PRESENT, ROLES), (checkout, PRESENT, BACKWARDS)]
 
 
