@@ -16,7 +16,10 @@ from grpc_tools import protoc
 
 
 def check_out(ref: str, folder: Path) -> None:
-    """Replaces what is in `folder`; its file COMMIT names the commit. Raises SystemExit where git knows no such commit, or its protos are at fault."""
+    """Replaces what is in `folder`; its file COMMIT names the commit.
+
+    Raises SystemExit where git knows no such commit, or its protos are at fault.
+    """
     archive = subprocess.run(["git", "archive", ref, "services", "protos"], capture_output=True, check=False)
     if archive.returncode:
         sys.exit(f"predecessor: {archive.stderr.decode().strip()}")
