@@ -163,13 +163,12 @@ class Quotas:
         Raises ResourceExhausted RATE_LIMITED while the tokens of the last minute exceed the limit, TOO_MANY_SESSIONS
         where as many other sessions run as may.
         """
-        usage, told = self._usage(owner), False
+        usage = self._usage(owner)
         self._check(usage, len(usage.sessions) - (session_id in usage.sessions))
+        if told := usage.shared:
+            await self._enter(usage, owner.name, session_id)
         usage.hold(session_id)
         try:
-            if usage.shared:
-                await self._enter(usage, owner.name, session_id)
-                told = True
             yield usage.take_tokens
         finally:
             usage.release(session_id, told=told)
