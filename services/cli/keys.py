@@ -47,7 +47,7 @@ def keys() -> None:
 @keys.command("add")
 @click.argument("name")
 @_file_option
-@click.option("--requests-per-s", type=float, help="Most requests a second, on each coordinator.  [default: no limit]")
+@click.option("--requests-per-s", type=float, help="Most requests a second.  [default: no limit]")
 @click.option("--tokens-per-min", type=int, help="Most tokens a minute, of prompts and answers.  [default: no limit]")
 @click.option("--max-sessions", type=int, help="Most sessions that generate at once.  [default: no limit]")
 @json_option
@@ -62,7 +62,8 @@ def add(
     """Make a key for NAME and print it, this once.
 
     For a NAME that has keys this is one more, with the same sessions and limits: give it out, then remove the old one
-    by its id. Limits that are given replace NAME's; 0 lifts one.
+    by its id. Limits that are given replace NAME's; 0 lifts one. They hold for all keys of NAME, at all coordinators,
+    together.
     """
     with _usage_errors():
         check_name(name)

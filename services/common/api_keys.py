@@ -43,7 +43,7 @@ RESERVED_NAMES = ("anonymous",)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an owner may use, on each coordinator; 0: as much as there is."""
+    """What an owner may use of all coordinators together; 0: as much as there is."""
 
     requests_per_s: float = 0.0
     tokens_per_min: int = 0

@@ -8,6 +8,7 @@ are asked, on the endpoint's thread.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from services.common.tally import CallTally, Histogram
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.values import PROTOCOL_VERSION
 
 PREFIX = "outrider_"
 Labels = Mapping[str, str]
@@ -83,22 +85,33 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 CALLS = Family("requests", "gRPC calls answered, by method, status code and reason.", ("method", "code", "reason"))
 CPU = Family("cpu_seconds", "CPU time of the process in seconds, all threads.")
+BUILD = Family("build_info", "1, by the versions of the service and of the protocol.", ("version", "protocol_version"))
 
 
 class ServiceCollector(Collector):
-    """What every service shows: its calls and its CPU time."""
+    """What every service shows: its version, its calls and its CPU time."""
 
     def __init__(self, calls: CallTally, constant: Labels) -> None:
+        self._versions = (_version(), str(PROTOCOL_VERSION))
         self._calls = calls
         self._families = Families(constant)
 
     def collect(self) -> Iterable[Metric]:
+        yield self._families.gauge(BUILD, [(self._versions, 1.0)])
         yield self._families.counter(CALLS, list(self._calls.counts.items()))
         yield self._families.counter(CPU, [((), time.process_time())])
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: a registry would otherwise collect once to learn the names."""
         return ()
+
+
+def _version() -> str:
+    """Of the package that is installed; empty where the code runs without."""
+    try:
+        return importlib.metadata.version("outrider")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def new_registry(calls: CallTally, constant: Labels) -> CollectorRegistry:

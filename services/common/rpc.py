@@ -73,6 +73,8 @@ class ServerLimits:
     max_streams_a_connection: int = 256
     max_concurrent_rpcs: int = 1024
     """On all connections together; further ones are refused with RESOURCE_EXHAUSTED."""
+    max_pending_calls: int = 1000
+    """That Python has not looked at yet. Of those beyond, gRPC answers some CANCELLED, beyond three times this all."""
     handshake_s: float = 10.0
     """For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
     max_idle_s: float = 600.0
@@ -89,6 +91,8 @@ def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_streams_a_connection),
+        ("grpc.server.max_pending_requests", limits.max_pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", 3 * limits.max_pending_calls),
         ("grpc.server_handshake_timeout_ms", int(1e3 * limits.handshake_s)),
         ("grpc.max_connection_idle_ms", int(1e3 * limits.max_idle_s)),
         ("grpc.so_reuseport", 0),
@@ -138,6 +142,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
         reason = "STREAM_BROKEN" if code == Unavailable.code else error.code().name
     kind = ERRORS_BY_CODE.get(code, Internal)
     return kind(reason, text, field=field, retry_after_ms=retry_after_ms, metadata=metadata)
+
+
+def code_name(error: OutriderError) -> str:
+    """Its status code, as metrics call it."""
+    return _CODE_NAMES[error.code]
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderError) -> None:
@@ -216,7 +225,7 @@ async def _errors_to_status(
     try:
         yield
     except OutriderError as error:
-        code, reason = _CODE_NAMES[error.code], error.reason
+        code, reason = code_name(error), error.reason
         await abort(context, error)
     except grpc.aio.AbortError:
         code = "ABORTED"

@@ -6,7 +6,7 @@ The key itself never leaves this module: not into a log, an error or a record.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 import grpc
@@ -14,8 +14,9 @@ import grpc.aio
 
 from services.common.api_keys import KeyFile, KeyOwner
 from services.common.errors import OutriderError, Unauthenticated
-from services.common.rpc import abort
+from services.common.rpc import abort, code_name
 from services.common.session_store import ANONYMOUS
+from services.common.tally import OTHER, CallTally
 from services.coordinator.quotas import Quotas
 
 _HEADER, _SCHEME = "authorization", "bearer "
@@ -46,19 +47,28 @@ class Authenticator:
 
 
 class ApiKeys(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known key, and those that come too fast. Health is open to all."""
+    """Refuses calls without a known key, and those that come too fast. Health is open to all.
 
-    def __init__(self, authenticator: Authenticator, quotas: Quotas) -> None:
+    `calls` counts the refusals, by `methods`; others are whatever strangers make up, and count as one.
+    """
+
+    def __init__(
+        self, authenticator: Authenticator, quotas: Quotas, calls: CallTally, methods: Collection[str] = ()
+    ) -> None:
         self._authenticator = authenticator
         self._quotas = quotas
+        self._calls = calls
+        self._methods = frozenset(methods)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if not details.method.startswith(_OPEN_TO_ALL):
             try:
-                self._quotas.count_request(self._authenticator.identify(details.invocation_metadata))
+                await self._quotas.count_request(self._authenticator.identify(details.invocation_metadata))
             except OutriderError as error:
+                method = details.method.rpartition("/")[2]
+                self._calls.ended(method if method in self._methods else OTHER, code_name(error), error.reason)
                 return _refusing(error)
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(details)
         return handler

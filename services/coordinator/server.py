@@ -23,6 +23,7 @@ from services.common.channels import Channels
 from services.common.errors import Unavailable
 from services.common.metrics import metrics_endpoint, new_registry
 from services.common.open_tracer import open_tracer
+from services.common.quota_ledger import QuotaLedger
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
 from services.common.service import announce_ready, stop_signals
 from services.common.session_store import SessionStore
@@ -50,6 +51,7 @@ from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 
 log = logging.getLogger(__name__)
 
+_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
 _SPARE_CALLS = 64
 """Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
@@ -112,12 +114,13 @@ async def running_coordinator(
         bound_metrics_port = stack.enter_context(metrics_endpoint(config.host, metrics_port, registry))
         status = StatusReader(store.owner_id, tally, calls, lambda: placement.workers)
         authenticator = Authenticator(KeyFile(Path(config.api_keys_file)) if config.api_keys_file else None)
-        quotas = Quotas()
+        quotas = Quotas(QuotaLedger(store.redis))
+        await stack.enter_async_context(quotas.reporting())
         servicer = CoordinatorServicer(
             config, coordinator, placement, tokenizers, status, authenticator=authenticator, quotas=quotas
         )
         server = _server(config, authenticator, quotas, calls)
-        server.add(coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"], servicer)
+        server.add(_SERVICE, servicer)
         await stack.enter_async_context(server)
         coordinator.start()
         stack.push_async_callback(coordinator.aclose)  # before the server stops: streams are told that they may resume
@@ -140,7 +143,9 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
         config.port,
         limits=limits,
         credentials=server_credentials(tls) if tls else None,
-        interceptors=[ApiKeys(authenticator, quotas)] if authenticator.required else [],
+        interceptors=[ApiKeys(authenticator, quotas, calls, _SERVICE.methods_by_name)]
+        if authenticator.required
+        else [],
         probe_port=config.probe_port_number,
         reflect=config.reflection,
         calls=calls,

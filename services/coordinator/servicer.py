@@ -73,7 +73,7 @@ class CoordinatorServicer:
         owner = self._owner(context)
         admitted = dataclasses.replace(admit(request, self._limits(request.model)), owner_key=owner.name)
         async with contextlib.AsyncExitStack() as stack:
-            count_tokens = stack.enter_context(self._quotas.generation(owner, admitted.session_id))
+            count_tokens = await stack.enter_async_context(self._quotas.generation(owner, admitted.session_id))
             opening = asyncio.create_task(
                 stack.enter_async_context(self._coordinator.generate(admitted, _traceparent(context)))
             )

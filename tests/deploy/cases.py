@@ -103,6 +103,9 @@ CASES: dict[str, Values] = {
         {"tls": {"existingSecrets": {part: f"{part}-cert" for part in ("coordinator", "draft", "target", "redis")}}},
     ),
     "plain decoding": merged(GPU, {"draft": {"enabled": False, "model": ""}}),
+    "trained head": merged(GPU, {"draft": {"drafter": "suffix,features"}}),
+    "trained head in each pod": merged(GPU, {"draft": {"drafter": "mtp"}, "models": {"mode": "pod"}}),
+    "trained head of a directory": merged(GPU, {"target": {"model": "/models/mine"}, "draft": {"drafter": "mtp"}}),
     "draft without a model": merged(
         GPU, {"draft": {"drafter": "suffix,ngram", "model": "", "revision": "", "gpu": {"count": 0}}}
     ),

@@ -184,6 +184,25 @@ def test_each_model_is_downloaded_once_at_its_commit() -> None:
     assert [arguments[i] for i in range(0, len(arguments), 3)] == ["acme/code", "acme/large", "acme/small"]
 
 
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [("trained head", f"/models/acme--large/{COMMIT}"), ("trained head of a directory", "/models/mine")],
+)
+def test_a_trained_head_finds_the_target_that_it_stands_on(case: str, path: str) -> None:
+    assert env_of(main_container(render(CASES[case]), "draft"))["OUTRIDER_DRAFT_TARGET"] == path
+    assert "OUTRIDER_DRAFT_TARGET" not in env_of(main_container(render(GPU), "draft"))
+
+
+def test_a_draft_waits_for_no_model_that_it_does_not_load() -> None:
+    manifests = render(merged(GPU, {"draft": {"drafter": "ngram", "gpu": {"count": 0}}}))
+    (pod,) = [
+        m["spec"]["template"]["spec"]
+        for m in of_kind(manifests, "Deployment")
+        if m["metadata"]["name"].endswith("-draft")
+    ]
+    assert "initContainers" not in pod
+
+
 def test_another_model_makes_another_job() -> None:
     names = {
         of_kind(render(merged(GPU, {"target": {"revision": revision}})), "Job")[0]["metadata"]["name"]

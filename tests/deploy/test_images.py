@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ def test_images_are_pinned_unprivileged_and_end_in_the_service(path: Path) -> No
     assert "HEALTHCHECK" in text
     assert 'ENTRYPOINT ["outrider", "serve"' in text
     assert not any(word in text.lower() for word in ("password", "token=", "index-url ="))
+
+
+def test_images_hold_what_the_charts_values_can_ask_for() -> None:
+    """Discovery and traces at coordinators, traces, int8 and a GPU's utilisation at workers."""
+    extras = {path.name: re.search(r"'\.\[(.+)\]'", path.read_text()) for path in DOCKERFILES}
+    installed = {name: set(match[1].split(",")) for name, match in extras.items() if match}
+    assert installed["coordinator.Dockerfile"] == {"kubernetes", "traces"}
+    assert installed["worker.Dockerfile"] == {"engine", "cuda", "traces"}
+    assert "--target /opt/int8 torchao" in DOCKERFILES[-1].read_text()
 
 
 PIP = """\

@@ -21,7 +21,9 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
 from services.common.metrics import metrics_endpoint
-from tests.deploy.files import ALERTS, ALERTS_TEST, ONLY_WITH_A_GPU, alerts, queries
+from tests.deploy.cases import EVERYTHING
+from tests.deploy.chart import of_kind, render, why_no_helm
+from tests.deploy.files import ALERTS, ALERTS_TEST, ONLY_WITH_A_GPU, Query, alerts, queries
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, start_cluster
 
 __all__ = ["start_cluster"]
@@ -66,7 +68,16 @@ class Prometheus:
 @contextlib.asynccontextmanager
 async def running_prometheus(directory: Path, ports: dict[str, int]) -> AsyncIterator[Prometheus]:
     """Scrapes every 200 ms, with the alerts as its rules."""
-    jobs = [{"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for job, port in ports.items()]
+    jobs = [
+        {
+            "job_name": job,
+            "static_configs": [
+                # The labels that Prometheus' operator adds for a Service.
+                {"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "llm", "service": f"test-outrider-{job}"}}
+            ],
+        }
+        for job, port in ports.items()
+    ]
     times = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "1s"}
     config = {"global": times, "rule_files": [str(ALERTS)], "scrape_configs": jobs}
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
@@ -91,6 +102,15 @@ async def running_prometheus(directory: Path, ports: dict[str, int]) -> AsyncIte
     await rest
 
 
+def scalers_queries() -> list[Query]:
+    """What KEDA asks for the workers' numbers; nothing where the chart can't be rendered."""
+    return [
+        Query(f"{scaler['metadata']['name']}: {trigger['name']}", trigger["metadata"]["query"])
+        for scaler in ([] if why_no_helm() else of_kind(render(EVERYTHING), "ScaledObject"))
+        for trigger in scaler["spec"]["triggers"]
+    ]
+
+
 async def load(cluster: Cluster) -> None:
     """Good and bad requests, without end."""
     for index in range(10**6):
@@ -113,7 +133,7 @@ async def until_answered(prometheus: Prometheus, expression: str) -> list[Any]:
 
 
 @pytest.mark.slow
-async def test_every_query_of_the_dashboard_and_every_alert_works_on_real_services(
+async def test_every_query_of_dashboard_and_scalers_and_every_alert_works_on_real_services(
     start_cluster: StartCluster, tmp_path: Path
 ) -> None:
     async with start_cluster(target=replace(TARGET, simulated_step_ms=3.0)) as cluster:
@@ -126,7 +146,7 @@ async def test_every_query_of_the_dashboard_and_every_alert_works_on_real_servic
             }
             loading = asyncio.create_task(load(cluster))
             async with running_prometheus(tmp_path, ports) as prometheus:
-                asked = [query for query in queries() if ONLY_WITH_A_GPU not in query.expression]
+                asked = [query for query in queries() if ONLY_WITH_A_GPU not in query.expression] + scalers_queries()
                 silent = [query for query in asked if not await until_answered(prometheus, query.expression)]
                 rules = (await prometheus.get("rules"))["groups"]
                 firing = await prometheus.result("ALERTS")

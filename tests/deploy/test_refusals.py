@@ -26,6 +26,12 @@ REFUSED: list[tuple[str, Values, Values]] = [
     ),
     ("target.tensorParallelSize: 4 does not divide the 2 GPUs", GPU, {"target": {"tensorParallelSize": 4}}),
     ("draft.tensorParallelSize: 2 does not divide the 1 GPUs", GPU, {"draft": {"tensorParallelSize": 2}}),
+    ("draft.model: the drafter suffix,mtp needs a model", GPU, {"draft": {"drafter": "suffix,mtp", "model": ""}}),
+    (
+        "draft.tensorParallelSize: the drafter features cannot be cut over 2 GPUs",
+        GPU,
+        {"draft": {"drafter": "features", "gpu": {"count": 2}}},
+    ),
     ("draft.gpu.count: the drafter ngram computes on the CPU", GPU, {"draft": {"drafter": "ngram"}}),
     ("target.gpu.count: a simulated model needs no GPU", SIMULATED, {"target": {"gpu": {"count": 2}}}),
     (
@@ -75,6 +81,11 @@ REFUSED: list[tuple[str, Values, Values]] = [
     ("coordinator.terminationGracePeriodSeconds", GPU, {"coordinator": {"terminationGracePeriodSeconds": 10}}),
     ("target.settings.model: the chart sets this", GPU, {"target": {"settings": {"model": "x"}}}),
     ("coordinator.settings.redis_url: the chart sets this", GPU, {"coordinator": {"settings": {"redis_url": "x"}}}),
+    (
+        "draft.settings.draft_target: the chart sets this",
+        GPU,
+        {"draft": {"drafter": "mtp", "settings": {"draft_target": "x"}}},
+    ),
     ("draft.settings.tls_key: the chart sets this", GPU, {"draft": {"settings": {"tls_key": "x"}}}),
     (
         "target.extraEnv: OUTRIDER_DTYPE belongs into target.settings",

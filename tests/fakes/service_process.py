@@ -12,6 +12,26 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Of which version a service is: this one; one that tests.fakes.other_version makes; or what lies in `tree`."""
+
+    name: str = "present"
+    tree: Path | None = None
+
+    def command(self, module: str) -> list[str]:
+        other = ["tests.fakes.other_version", self.name] if self.name in ("predecessor", "successor") else []
+        return [sys.executable, "-m", *other, module]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": f"{self.tree}{os.pathsep}{self.tree / 'protos' / 'gen'}"} if self.tree else {}
+
+
+PRESENT = Version()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +52,15 @@ class ServiceProcess:
 
 
 @contextlib.asynccontextmanager
-async def service_process(module: str, *flags: str, **environment: str) -> AsyncIterator[ServiceProcess]:
+async def service_process(
+    module: str, *flags: str, version: Version = PRESENT, **environment: str
+) -> AsyncIterator[ServiceProcess]:
     """`python -m module` on a free port of loopback, once it is ready; killed on exit if it still runs."""
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1", *flags]
+    command = [*version.command(module), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1", *flags]
     own = {name: value for name, value in os.environ.items() if not name.startswith("OUTRIDER_")}
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=own | environment)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, env=own | version.environment | environment, cwd=version.tree
+    )
     try:
         assert process.stdout is not None
         line = await asyncio.wait_for(process.stdout.readline(), 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import replace
 from urllib.request import urlopen
@@ -177,6 +178,9 @@ async def test_the_endpoints_of_all_services_answer_over_http(redis_url: str) ->
     assert 'outrider_worker_ready{model_name="simulated",role="target"} 1.0' in texts[0]
     assert 'outrider_workers_up{role="coordinator",worker_role="target"} 1.0' in texts[1]
     assert all("process_resident_memory_bytes" in text for text in texts)
+    version = importlib.metadata.version("outrider")
+    for text, role in zip(texts, ("target", "coordinator"), strict=True):
+        assert f'outrider_build_info{{protocol_version="1",role="{role}",version="{version}"}} 1.0' in text
 
 
 def test_a_taken_metrics_port_stops_the_start_with_the_settings_name() -> None:

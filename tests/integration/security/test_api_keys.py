@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from services.common.errors import (
 )
 from services.common.rpc import error_from_rpc
 from services.common.service import end_tasks, wait_until
-from tests.integration.coordinator.conftest import TARGET, Cluster, start_cluster
+from tests.integration.coordinator.conftest import TARGET, Cluster, node, start_cluster
 
 __all__ = ["start_cluster"]  # the fixture
 
@@ -223,6 +223,34 @@ async def test_a_broken_file_leaves_the_known_keys_valid(guarded: Guarded, caplo
     assert "changed API keys are not taken over" in caplog.text
 
 
+async def test_refusals_at_the_door_are_counted_and_made_up_methods_as_one(guarded: Guarded) -> None:
+    guarded.keys.add("ann", requests_per_s=0.1)
+    async with guarded.of("ann") as ann:
+        assert [await refusal_of(ann.list_models()) for _ in range(3)] == ["", "RATE_LIMITED", "RATE_LIMITED"]
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
+        for method in ("Generate", "Made", "Up"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary(f"/{SERVICE}/{method}")(b"")
+    registry = guarded.cluster.coordinator.registry
+
+    def count(method: str, code: str, reason: str) -> float | None:
+        labels = {"role": "coordinator", "method": method, "code": code, "reason": reason}
+        return registry.get_sample_value("outrider_requests_total", labels)
+
+    assert count("ListModels", "RESOURCE_EXHAUSTED", "RATE_LIMITED") == 2
+    assert count("Generate", "UNAUTHENTICATED", "BAD_CREDENTIALS") == 1
+    assert count("OTHER", "UNAUTHENTICATED", "BAD_CREDENTIALS") == 2
+
+
+async def refusal_of(call: Awaitable[object]) -> str:
+    """Why it was refused; empty where it was not."""
+    try:
+        await call
+    except ResourceExhausted as error:
+        return error.reason
+    return ""
+
+
 async def test_requests_are_limited_by_the_second(guarded: Guarded) -> None:
     guarded.keys.add("ann", requests_per_s=2.0)
     async with guarded.of("ann") as ann, guarded.of("bob") as bob:
@@ -271,6 +299,30 @@ async def test_sessions_at_once_are_limited_and_a_resumption_is_no_further_one(g
         key = guarded.keys.texts["ann"]
         async with OutriderClient(guarded.address, access=Access(api_key=key)) as patient:  # waits as it is told to
             assert (await patient.complete("another", OPTIONS)).tokens
+
+
+async def test_limits_hold_for_all_coordinators_together(guarded: Guarded, redis_url: str) -> None:
+    guarded.keys.add("ann", max_sessions=1, tokens_per_min=60)
+    key = guarded.keys.texts["ann"]
+    coordinator = guarded.cluster.coordinator.coordinator
+    async with (
+        node(guarded.cluster, redis_url, api_keys_file=str(guarded.keys.path)) as other,
+        OutriderClient(f"127.0.0.1:{other.port}", access=Access(api_key=key), retry=ONCE) as elsewhere,
+    ):
+        request = pb.GenerateRequest(prompt="Hello", max_tokens=30_000, ignore_eos=True)
+        call = guarded.cluster.stub.Generate(request, metadata=[("authorization", f"Bearer {key}")])
+        num_tokens = 0
+        while num_tokens < 90:
+            num_tokens += len((await call.read()).token_ids)
+        assert await refusal_of(elsewhere.complete("another", OPTIONS)) in (
+            "TOO_MANY_SESSIONS",
+            "RATE_LIMITED",
+        )  # the latter once it is reported
+        call.cancel()
+        assert await wait_until(lambda: coordinator.num_running == 0, 10)
+        async with asyncio.timeout(5):  # it tells what it counted at the end, or a second later
+            while (reason := await refusal_of(elsewhere.complete("another", OPTIONS))) != "RATE_LIMITED":
+                assert reason in ("", "TOO_MANY_SESSIONS")
 
 
 async def test_caches_of_different_keys_never_meet(guarded: Guarded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -147,6 +148,25 @@ async def test_calls_are_bounded_on_a_connection_and_in_all() -> None:
         assert set(answers) <= {"x", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}  # the last: before a client knows the bound
         for chan in channels:
             await chan.close()
+
+
+async def test_calls_that_pile_up_before_a_busy_server_are_bounded_and_those_beyond_cancelled() -> None:
+    held, limits = Held(), replace(LIMITS, max_pending_calls=2)
+    held.let.set()
+    turned_away = threading.Event()
+    server = GrpcServer("127.0.0.1", 0, limits=limits, stop_grace_s=0.0)
+    server.add(WORKER, held)
+    async with server:
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            calls = [stub.GetWorkerInfo.future(worker_pb2.GetWorkerInfoRequest()) for _ in range(12)]
+            for call in calls:
+                call.add_done_callback(lambda _: turned_away.set())
+            assert turned_away.wait(10)  # the event loop stands still, so that none of them is accepted
+            assert await wait_until(lambda: all(call.done() for call in calls), 10)
+        answers = Counter(call.code().name for call in calls)
+    assert set(answers) == {"OK", "CANCELLED"}
+    assert answers["CANCELLED"] >= 12 - 3 * limits.max_pending_calls - 1
 
 
 async def test_a_flood_of_generations_is_refused_beyond_the_limit(start_cluster: StartCluster) -> None:

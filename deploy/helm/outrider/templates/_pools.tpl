@@ -44,7 +44,13 @@ All pools as JSON {"pools": [{name, infix, target, draft}]}: the values' own pai
 {{/* Whether a draft needs a model. */}}
 {{- define "outrider.draftHasModel" -}}
 {{- $last := last (splitList "," .drafter) -}}
-{{- if has $last (list "model" "staged") }}true{{ end -}}
+{{- if has $last (list "model" "features" "mtp" "staged") }}true{{ end -}}
+{{- end }}
+
+{{/* Whether a draft's model stands on its target's embedding and head, and is nothing without them. */}}
+{{- define "outrider.draftIsHead" -}}
+{{- $last := last (splitList "," .drafter) -}}
+{{- if has $last (list "features" "mtp") }}true{{ end -}}
 {{- end }}
 
 {{/* The parts of a pool that load a model, as JSON {"parts": [...]}. */}}

@@ -46,8 +46,14 @@
   {{- fail (printf "%sdraft.gpu.count: the drafter %s computes on the CPU; set draft.gpu.count=0" .where .part.drafter) -}}
 {{- end -}}
 {{- include "outrider.validateGpus" (dict "where" .where "name" "draft" "part" .part) -}}
+{{- $parallel := int .part.tensorParallelSize | default (int .part.gpu.count) -}}
+{{- if and (gt $parallel 1) (ne (last (splitList "," .part.drafter)) "model") -}}
+  {{- fail (printf "%sdraft.tensorParallelSize: the drafter %s cannot be cut over %d GPUs; set draft.tensorParallelSize=1 and draft.gpu.count=1" .where .part.drafter $parallel) -}}
+{{- end -}}
 {{- include "outrider.validateGrace" (dict "where" .where "name" "draft" "part" .part) -}}
-{{- include "outrider.validateSettings" (dict "where" .where "name" "draft" "part" .part "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size" "drafter")) -}}
+{{- $owned := list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size" "drafter" -}}
+{{- if include "outrider.draftIsHead" .part }}{{ $owned = append $owned "draft_target" }}{{ end -}}
+{{- include "outrider.validateSettings" (dict "where" .where "name" "draft" "part" .part "owned" $owned) -}}
 {{- include "outrider.validateRollingUpdate" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- if and (ne .part.model "simulated") (eq .target.model "simulated") (include "outrider.draftHasModel" .part) -}}
   {{- fail (printf "%sdraft.model: a simulated target has no vocabulary that a real draft could share; set draft.drafter=simulated" .where) -}}

@@ -1,4 +1,7 @@
-{{/* A worker's pod, draft or target. Takes root, pool, component, part, port, service and models. */}}
+{{/*
+A worker's pod, draft or target. Takes root, pool, component, part, port, service, hasModel, hasDirectory, and draftTarget:
+the part whose model this one's is a head of.
+*/}}
 {{- define "outrider.workerPod" -}}
 {{- $gpus := int .part.gpu.count -}}
 {{- $parallel := int .part.tensorParallelSize | default (max 1 $gpus) -}}
@@ -16,10 +19,13 @@ spec:
   terminationGracePeriodSeconds: {{ include "outrider.grace" .part }}
   securityContext: {{- include "outrider.podSecurity" . | nindent 4 }}
   {{- include "outrider.scheduling" $context | nindent 2 }}
-  {{- if include "outrider.isHubId" .part }}
-  {{- $model := dict "model" .part.model "revision" .part.revision "path" (include "outrider.modelPath" .part) }}
-  {{- include "outrider.modelInit" (dict "root" .root "models" (list $model) "weights" true) | nindent 2 }}
+  {{- $models := list }}
+  {{- range compact (list (ternary .part dict .hasModel) .draftTarget) }}
+  {{- if include "outrider.isHubId" . }}
+  {{- $models = append $models (dict "model" .model "revision" .revision "path" (include "outrider.modelPath" .)) }}
   {{- end }}
+  {{- end }}
+  {{- include "outrider.modelInit" (dict "root" .root "models" $models "weights" true) | nindent 2 }}
   containers:
     - name: {{ .component }}
       image: {{ include "outrider.image" (dict "root" .root "part" .part "gpus" $gpus) }}
@@ -41,6 +47,9 @@ spec:
         {{- with include "outrider.modelName" .part }}
         - {name: OUTRIDER_MODEL_NAME, value: {{ . | quote }}}
         {{- end }}
+        {{- end }}
+        {{- with .draftTarget }}
+        - {name: OUTRIDER_DRAFT_TARGET, value: {{ include "outrider.modelPath" . | quote }}}
         {{- end }}
         {{- if eq .component "draft" }}
         - {name: OUTRIDER_DRAFTER, value: {{ .part.drafter | quote }}}
