@@ -11,7 +11,8 @@ A step takes, oldest first,
 3. prefill chunks that nobody waits for yet, with what is left of the budget and of the pool.
 
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
-may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends.
+may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends, and
+at most twice what a step took lately: an estimate that came out too low is corrected before it costs much.
 The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
 more rows, which must not make them longer still. Before any step of rows alone was seen there is no measure: the rows
 go alone once, since under load that never pauses they would otherwise never do so. Sequences that came together start
@@ -108,12 +109,14 @@ class Scheduler:
 
     def prefill_budget(self, num_rows: int) -> int:
         """Tokens of prefill for a step that `num_rows` rows take part in or may wait for; 0: nobody minds."""
-        token_ns = self.times.prefill_token_ns
-        if not num_rows or token_ns == 0.0:
+        if not num_rows:
             return self._max_prefill_budget
+        token_ns = self.times.prefill_token_ns
         step_ns = min(self.times.rows_ns(num_rows), self.times.mean_ns)
-        affordable = int(MAX_STRETCH * step_ns / token_ns) if token_ns else 0
-        return min(max(affordable, MIN_PREFILL_BUDGET), self._max_prefill_budget)
+        affordable = int(MAX_STRETCH * step_ns / token_ns) if token_ns else self._max_prefill_budget
+        return min(
+            max(min(affordable, 2 * self.times.max_prefill_tokens), MIN_PREFILL_BUDGET), self._max_prefill_budget
+        )
 
     def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.

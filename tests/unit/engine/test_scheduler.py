@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -220,6 +223,25 @@ def test_prefill_goes_on_beside_rows_however_much_it_costs() -> None:
     prefilling, running = sequence_of(blocks, 1000), sequence_of(blocks, 9, num_cached=8)
     works = Scheduler(blocks, 512, times).plan([decoding(prefilling), decoding(running)])
     assert shape(works) == [(1, 1), (MIN_PREFILL_BUDGET, 0)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prefill_beside_rows_grows_by_steps_where_the_device_is_noisy(seed: int) -> None:
+    """An estimate by chance near zero must not let a whole budget in: rows would wait for it."""
+    blocks, times, random = BlockManager(1000, 4), StepTimes(), Random(seed)
+    scheduler = Scheduler(blocks, 512, times)
+    running, prefilling = sequence_of(blocks, 9, num_cached=8), sequence_of(blocks, 3000)
+    for _ in range(20):
+        times.observe(1, 0, round(20_000 * random.lognormvariate(0, 0.3)))
+    chunks = []
+    while prefilling.num_uncached_tokens > 600:
+        [_, work] = scheduler.plan([decoding(running), decoding(prefilling)])
+        chunks.append(work.num_new_tokens)
+        prefilling.num_cached += work.num_new_tokens
+        times.observe(1, work.num_new_tokens, round(20_000 * random.lognormvariate(0, 0.3)) + 200 * chunks[-1])
+    affordable = 0.6 * 20_000 / 200
+    assert max(chunks) < 4 * affordable
+    assert len(chunks) < 3 * 2400 / affordable
 
 
 def test_rows_go_alone_until_it_is_known_what_they_take() -> None:

@@ -32,14 +32,20 @@ def test_nothing_is_known_before_the_first_step() -> None:
     assert StepTimes().prefill_token_ns is None
 
 
-def test_prefill_seen_before_any_rows_is_an_upper_bound_that_later_steps_correct() -> None:
+def test_prefill_seen_before_any_rows_is_an_upper_bound_until_rows_are_seen() -> None:
     times = StepTimes()
     times.observe(0, 10, 1100)
     assert times.prefill_token_ns == pytest.approx(110)
     times.observe(1, 0, 1000)
-    for _ in range(20):
-        times.observe(1, 10, 1100)
-    assert times.prefill_token_ns == pytest.approx(10, rel=0.05)
+    assert times.prefill_token_ns == pytest.approx(10)
+
+
+def test_noise_of_small_prefills_cancels_out() -> None:
+    times, random = StepTimes(), Random(2)
+    for _ in range(400):
+        for num_prefill_tokens in (0, 8):
+            times.observe(4, num_prefill_tokens, round(20_000 + random.gauss(0, 2_000) + 500 * num_prefill_tokens))
+    assert times.prefill_token_ns == pytest.approx(500, rel=0.25)
 
 
 def test_estimates_follow_a_device_that_changes() -> None:
