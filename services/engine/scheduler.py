@@ -11,8 +11,8 @@ A step takes, oldest first,
 3. prefill chunks that nobody waits for yet, with what is left of the budget and of the pool.
 
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
-may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends, and
-at most twice what a step took lately: an estimate that came out too low is corrected before it costs much.
+may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends,
+and at most twice what a step took lately: an estimate that came out too low is corrected before it costs much.
 The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
 more rows, which must not make them longer still. Before any step of rows alone was seen there is no measure: the rows
 go alone once, since under load that never pauses they would otherwise never do so. Sequences that came together start
