@@ -114,9 +114,8 @@ class Scheduler:
         token_ns = self.times.prefill_token_ns
         step_ns = min(self.times.rows_ns(num_rows), self.times.mean_ns)
         affordable = int(MAX_STRETCH * step_ns / token_ns) if token_ns else self._max_prefill_budget
-        return min(
-            max(min(affordable, 2 * self.times.max_prefill_tokens), MIN_PREFILL_BUDGET), self._max_prefill_budget
-        )
+        proven = 2 * self.times.max_prefill_tokens
+        return min(max(min(affordable, proven), MIN_PREFILL_BUDGET), self._max_prefill_budget)
 
     def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.
