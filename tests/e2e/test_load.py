@@ -19,7 +19,7 @@ def test_beyond_its_places_a_coordinator_refuses_at_once_with_a_time_to_retry():
         assert not phase.other_errors
         assert phase.num_refused_without_delay == 0
         assert phase.max_running <= plan.num_places
-        assert phase.max_target_queue <= plan.num_places
+        assert phase.max_target_queue <= 2 * plan.num_places  # one that has ended may still be closing
     assert figures.overload.num_refused > 0
     assert figures.overload.num_finished + figures.overload.num_refused == figures.overload.num_requests
 

@@ -113,7 +113,7 @@ async def old_workers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Ru
     monkeypatch.setattr(wire, "info_to_proto", lambda info: as_known_then(describe(info)))
     target_service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
     draft_service = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
-    target_config, draft_config = replace(TARGET), replace(DRAFT)
+    target_config, draft_config = replace(TARGET, simulated_step_ms=5.0), replace(DRAFT)  # time to draft in
     async with contextlib.AsyncExitStack() as stack:
         target = Recipe("target", target_service, OldTarget, lambda: target_server.build(target_config))
         draft = Recipe("draft", draft_service, OldDraft, lambda: draft_server.build(draft_config))
