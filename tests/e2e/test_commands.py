@@ -19,11 +19,11 @@ def generate(run: Run, *arguments: str) -> dict:
 
 
 def test_generate_json_agrees_with_itself(run):
-    printed = generate(run, "Hello", "--max-tokens", "24")
-    assert len(printed["token_ids"]) == len(printed["origins"]) == 24
+    printed = generate(run, "Hello", "--max-tokens", "200", "--num-draft-tokens", "4")
+    assert len(printed["token_ids"]) == len(printed["origins"]) == 200
     assert printed["finish_reason"] == "length"
     statistics = printed["statistics"]
-    assert statistics["num_generated_tokens"] == 24
+    assert statistics["num_generated_tokens"] == 200
     assert statistics["num_prompt_tokens"] == len(printed["prompt_token_ids"])
     assert printed["origins"].count("draft") == statistics["num_accepted_tokens"] > 0
 

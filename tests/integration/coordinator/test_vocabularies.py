@@ -84,7 +84,12 @@ async def test_rejection_takes_rows_of_a_foreign_draft(start_cluster: StartClust
     async with running(start_cluster, letters) as cluster:
         result: pb.GenerationFinished = (
             await cluster.generate(
-                prompt="the sea", max_tokens=24, sampling=COUPLED, verification=REJECTION, ignore_eos=True
+                prompt="the sea",
+                max_tokens=24,
+                sampling=COUPLED,
+                verification=REJECTION,
+                num_draft_tokens=4,
+                ignore_eos=True,
             )
         ).finished
     assert result.statistics.num_accepted_tokens > 0.5 * result.statistics.num_draft_tokens > 0

@@ -49,8 +49,8 @@ async def describe(chan: grpc.aio.Channel) -> worker_pb2.GetWorkerInfoResponse:
 
 
 async def test_a_whole_cluster_speaks_mutual_tls(start_secure: StartSecure) -> None:
-    async with start_secure() as cluster, cluster.client() as client:
-        result = await client.complete("Hello", GenerateOptions(max_tokens=40, ignore_eos=True))
+    async with start_secure(replace(TARGET, simulated_step_ms=5.0)) as cluster, cluster.client() as client:
+        result = await client.complete("Hello", GenerateOptions(max_tokens=40, num_draft_tokens=4, ignore_eos=True))
         assert len(result.tokens) == 40
         assert result.statistics.num_drafts > 0
 
