@@ -12,7 +12,7 @@ A step takes, oldest first,
 
 The budget is what keeps prefill from slowing down the rows: beside rows, or while rows may come at any moment, prefill
 may make a step at most 1 + MAX_STRETCH times as long, but takes at least MIN_PREFILL_BUDGET tokens, so that it ends,
-and at most twice what a step took lately: an estimate that came out too low is corrected before it costs much.
+and at most twice the tokens that the estimates rest on: one that came out too low is corrected before it costs much.
 The measure is the lesser of what these rows would take and what steps took before the prefill came: longer steps gather
 more rows, which must not make them longer still. Before any step of rows alone was seen there is no measure: the rows
 go alone once, since under load that never pauses they would otherwise never do so. Sequences that came together start
@@ -114,8 +114,8 @@ class Scheduler:
         token_ns = self.times.prefill_token_ns
         step_ns = min(self.times.rows_ns(num_rows), self.times.mean_ns)
         affordable = int(MAX_STRETCH * step_ns / token_ns) if token_ns else self._max_prefill_budget
-        proven = 2 * self.times.max_prefill_tokens
-        return min(max(min(affordable, proven), MIN_PREFILL_BUDGET), self._max_prefill_budget)
+        affordable = min(affordable, 2 * self.times.num_tokens_known)
+        return min(max(affordable, MIN_PREFILL_BUDGET), self._max_prefill_budget)
 
     def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.

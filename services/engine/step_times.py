@@ -35,8 +35,6 @@ class StepTimes:
         self._prefill_rows = 0.0
         self._prefill_ns = 0.0
         """Of the steps with prefill, whole."""
-        self.max_prefill_tokens = 0
-        """The most that steps took lately; an eighth less with each that takes fewer."""
 
     def observe(self, num_rows: int, num_prefill_tokens: int, duration_ns: int) -> None:
         """Takes in a step that has been computed."""
@@ -48,7 +46,6 @@ class StepTimes:
             self._prefill_steps = kept * self._prefill_steps + 1.0
             self._prefill_rows = kept * self._prefill_rows + num_rows
             self._prefill_ns = kept * self._prefill_ns + duration_ns
-            self.max_prefill_tokens = max(num_prefill_tokens, self.max_prefill_tokens * 7 // 8)
 
     def rows_ns(self, num_rows: float) -> float:
         """A step of that many rows, without prefill. 0 before the first one was seen."""
@@ -72,6 +69,11 @@ class StepTimes:
             return None
         rows_ns = self._prefill_steps * self.rows_ns(self._prefill_rows / self._prefill_steps)
         return max(0.0, self._prefill_ns - rows_ns) / self._prefill_tokens
+
+    @property
+    def num_tokens_known(self) -> int:
+        """What a step's cost is known of: the tokens that prefill's estimate rests on, or the rows of a usual step."""
+        return int(max(self._prefill_tokens, self._mean_rows))
 
     def _observe_rows(self, num_rows: int, duration_ns: int) -> None:
         """Weighted means, variance and covariance in one pass (West 1979, "Updating mean and variance estimates")."""

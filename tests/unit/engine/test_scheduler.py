@@ -244,6 +244,15 @@ def test_prefill_beside_rows_grows_by_steps_where_the_device_is_noisy(seed: int)
     assert len(chunks) < 3 * 2400 / affordable
 
 
+def test_a_first_prompt_that_came_before_any_rows_does_not_keep_later_ones_out() -> None:
+    """Later ones may be cached but for a few tokens, and then measure no prefill that could correct it."""
+    times = StepTimes()
+    times.observe(0, 33, 450_000)
+    for num_rows in (374, 396, 484):
+        times.observe(num_rows, 0, 450_000 + num_rows)
+    assert Scheduler(BlockManager(100, 4), 512, times).prefill_budget(400) == 512
+
+
 def test_rows_go_alone_until_it_is_known_what_they_take() -> None:
     """Else prefill that never pauses would stay at its least: what it may add is measured by steps of rows alone."""
     blocks, times = BlockManager(400, 4), StepTimes()
