@@ -82,7 +82,7 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/unit/engine/test_sampler.py::test_whether_a_row_ends_the_proposal_depends_on_the_row_alone[rejection]",
+            "tests/unit/engine/test_sampler.py::test_whether_a_row_ends_the_proposal_depends_on_the_row_alone[VerificationMethod.REJECTION]",
             f"{_ENGINE}[uncertain-top_k-rejection]",
         ),
     ),
