@@ -12,6 +12,7 @@ lapse, and buckets drain by themselves.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from redis.exceptions import RedisError
 
 LEASE_S = 5
 """A session that no coordinator has renewed for this long runs no more."""
+_MAX_ASKING = 16
+"""Questions at the same moment; the others wait, and leave connections to those who need the records
+(services.common.redis_client.MIN_CONNECTIONS)."""
 
 _BUCKET = """
 local time = redis.call('TIME')
@@ -104,6 +108,7 @@ class QuotaLedger:
         self._request = redis.register_script(_REQUEST)
         self._use = redis.register_script(_USE)
         self._away = False
+        self._gate = asyncio.Semaphore(_MAX_ASKING)
 
     @property
     def away(self) -> bool:
@@ -112,24 +117,26 @@ class QuotaLedger:
 
     async def request(self, owner: str, rate: float, capacity: float) -> Answer | None:
         """Takes one request out of the bucket, if it is there. None: the store is away."""
-        if self._away:
-            return None
-        try:
-            admitted, spent = await self._request(keys=[_key(owner, "requests")], args=[rate, capacity])
-        except (RedisError, OSError):
-            self._away = True
-            return None
+        async with self._gate:
+            if self._away:
+                return None
+            try:
+                admitted, spent = await self._request(keys=[_key(owner, "requests")], args=[rate, capacity])
+            except (RedisError, OSError):
+                self._away = True
+                return None
         return Answer(bool(admitted), float(spent))
 
     async def enter(self, use: Use, session_id: str) -> Answer | None:
         """Reports a use, then holds one more session if there is room for it. None: the store is away."""
-        if self._away:
-            return None
-        try:
-            return _answer(await self._use(keys=_keys(use), args=self._arguments(use, session_id)))
-        except (RedisError, OSError):
-            self._away = True
-            return None
+        async with self._gate:
+            if self._away:
+                return None
+            try:
+                return _answer(await self._use(keys=_keys(use), args=self._arguments(use, session_id)))
+            except (RedisError, OSError):
+                self._away = True
+                return None
 
     async def report(self, uses: Sequence[Use]) -> list[Answer] | None:
         """Several owners' uses, in one round trip; what runs is held for one more lease. None: the store is away."""

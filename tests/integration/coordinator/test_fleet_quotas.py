@@ -59,6 +59,18 @@ async def test_requests_of_all_coordinators_are_one_rate_and_who_waits_as_told_i
         await all_quotas[0].count_request(owner)
 
 
+async def test_more_requests_at_once_than_there_are_connections_are_counted_all(redis_url: str) -> None:
+    client = redis_client.connect(f"{redis_url}?max_connections={redis_client.MIN_CONNECTIONS}", 2.0)
+    try:
+        ledger = QuotaLedger(client)
+        asked = [ledger.request("ann", 1e-3, 100.0) for _ in range(300)]
+        answers = await asyncio.gather(*asked)
+        assert not ledger.away
+        assert sum(answer is not None and answer.admitted for answer in answers) == 100
+    finally:
+        await redis_client.close(client)
+
+
 async def test_tokens_that_one_coordinator_counted_refuse_at_another(redis_url: str) -> None:
     async with fleet(redis_url) as (first, second):
         async with first.generation(ANN, "a") as count_tokens:
