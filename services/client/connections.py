@@ -22,12 +22,21 @@ from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 from services.client.access import Access
 from services.common.breaker import CircuitBreaker
 from services.common.channels import Channels
+from services.common.errors import Internal, Unavailable
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from outrider.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
 
 C = TypeVar("C", bound=grpc.aio.RpcContext)
+_TRANSPORT_REASONS = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED", "UNIMPLEMENTED"})
+"""Reasons of errors without ErrorInfo: no coordinator answered, but the transport, a proxy, or whoever else has its
+address now."""
+
+
+def another_may_answer(error: BaseException) -> bool:
+    """Whether another coordinator may answer what this one did not."""
+    return isinstance(error, Unavailable) or (isinstance(error, Internal) and error.reason in _TRANSPORT_REASONS)
 
 
 def home_of(session_id: str, num_addresses: int) -> int:

@@ -18,15 +18,13 @@ import grpc.aio
 import tenacity
 from outrider.v1 import coordinator_pb2
 
-from services.client.connections import Connection, Connections
+from services.client.connections import Connection, Connections, another_may_answer
 from services.client.values import Chunk, Result, RetryPolicy, Token
 from services.client.wire import finish_reason_from_proto, statistics_from_proto, tokens_from_proto
 from services.common.errors import Aborted, DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.patience import patience
 from services.common.rpc import error_from_rpc
 
-_TRANSPORT_REASONS = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED"})
-"""Reasons of errors without ErrorInfo: a proxy or the transport ended the stream, not a coordinator."""
 _CROWDED, _TOO_LARGE = "RESOURCE_EXHAUSTED", "larger than max"
 """Reason of an exhaustion without ErrorInfo, and what its text has where the message was too large: all others come
 from a server with more calls at once than it looks at."""
@@ -46,7 +44,7 @@ def is_resumable(error: BaseException) -> bool:
         return crowded or error.retry_after_ms is not None
     if isinstance(error, Aborted) and error.reason == "SESSION_BUSY":
         return error.retry_after_ms is not None
-    return isinstance(error, Unavailable) or (isinstance(error, Internal) and error.reason in _TRANSPORT_REASONS)
+    return another_may_answer(error)
 
 
 class Generation:

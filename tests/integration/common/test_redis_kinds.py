@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -162,20 +162,16 @@ def sentinels(tmp_path: Path) -> Iterator[tuple[RedisProcess, RedisProcess, str]
     with (
         running(tmp_path, *quick) as master,
         running(tmp_path, *quick, "--replicaof", "127.0.0.1", str(master.port)) as replica,
+        ExitStack() as stack,
     ):
-        watching = [RedisProcess(tmp_path, sentinel=True) for _ in range(3)]
-        try:
-            for sentinel in watching:
-                sentinel.start()
-                with Redis(port=sentinel.port) as client:
-                    client.sentinel_monitor("main", "127.0.0.1", master.port, 2)
-                    client.sentinel_set("main", "down-after-milliseconds", 300)
-                    client.sentinel_set("main", "failover-timeout", 2000)
-            hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in watching)
-            yield master, replica, f"redis+sentinel://{hosts}/main/0"
-        finally:
-            for sentinel in watching:
-                sentinel.kill()
+        watching = [stack.enter_context(running(tmp_path, sentinel=True)) for _ in range(3)]
+        for sentinel in watching:
+            with Redis(port=sentinel.port) as client:
+                client.sentinel_monitor("main", "127.0.0.1", master.port, 2)
+                client.sentinel_set("main", "down-after-milliseconds", 300)
+                client.sentinel_set("main", "failover-timeout", 2000)
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in watching)
+        yield master, replica, f"redis+sentinel://{hosts}/main/0"
 
 
 async def test_a_failover_is_followed_and_what_it_lost_is_known_as_lost(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 import pytest
@@ -25,7 +25,9 @@ from services.target.config import TargetConfig
 from services.target.server import build as build_target
 from services.target.server import running_target
 from services.target.servicer import TargetServicer
+from tests.fakes.ports import held_port
 
+W = TypeVar("W", TargetConfig, DraftConfig)
 TARGET = TargetConfig(host="127.0.0.1", port=0, model="simulated", simulated_step_ms=0.0)
 DRAFT = DraftConfig(host="127.0.0.1", port=0, model="simulated", drafter="simulated", simulated_token_ms=0.0)
 
@@ -85,6 +87,7 @@ def start_cluster(redis_url: str) -> StartCluster:
         **settings: Any,
     ) -> AsyncIterator[Cluster]:
         async with contextlib.AsyncExitStack() as stack:
+            target, draft = at_held_port(target, stack), draft and at_held_port(draft, stack)
             running_t = await stack.enter_async_context(running_target(target, tracer=tracers.get("target", NO_TRACER)))
             draft_tracer = tracers.get("draft", NO_TRACER)
             running_d = await stack.enter_async_context(running_draft(draft, tracer=draft_tracer)) if draft else None
@@ -102,6 +105,11 @@ def start_cluster(redis_url: str) -> StartCluster:
             yield Cluster(coordinator, running_t, running_d, stub)
 
     return start
+
+
+def at_held_port(config: W, stack: contextlib.AsyncExitStack) -> W:
+    """At a port that stays a worker's when the worker has ended."""
+    return dataclasses.replace(config, port=stack.enter_context(held_port()))
 
 
 @dataclass(frozen=True, slots=True)

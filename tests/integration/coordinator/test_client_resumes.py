@@ -241,6 +241,17 @@ async def test_what_stays_unreachable_ends_with_an_error_that_says_how_often_it_
             await asyncio.wait_for(reading, 20)
 
 
+async def test_an_address_where_something_else_serves_is_passed_over(cluster: Cluster) -> None:
+    whole = await undisturbed(cluster)
+    async with OutriderClient(f"127.0.0.1:{cluster.target.port}", f"127.0.0.1:{cluster.coordinator.port}") as client:
+        generation = client.generate("hi", OPTIONS, session_id=session_at(0))
+        seen = await Seen().read(generation)
+    async with OutriderClient(f"127.0.0.1:{cluster.target.port}", f"127.0.0.1:{cluster.coordinator.port}") as client:
+        record = await client.get_session(generation.session_id)
+    assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
+    assert list(record.token_ids) == [*b"hi", *whole.token_ids]
+
+
 @pytest.mark.parametrize("silenced", [True, False])
 async def test_a_silent_coordinator_is_left_after_the_heartbeats_timeout(
     cluster: Cluster, redis_url: str, silenced: bool
