@@ -142,12 +142,12 @@ class QuotaLedger:
         """Several owners' uses, in one round trip; what runs is held for one more lease. None: the store is away."""
         if not (uses or self._away):
             return []
-        pipeline = self._redis.pipeline(transaction=False)
         try:
-            pipeline.ping()
-            for use in uses:
-                await self._use(keys=_keys(use), args=self._arguments(use, ""), client=pipeline)
-            answers = [_answer(reply) for reply in (await pipeline.execute())[1:]]
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                pipeline.ping()
+                for use in uses:
+                    await self._use(keys=_keys(use), args=self._arguments(use, ""), client=pipeline)
+                answers = [_answer(reply) for reply in (await pipeline.execute())[1:]]
         except (RedisError, OSError):
             self._away = True
             return None

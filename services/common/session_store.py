@@ -143,12 +143,12 @@ class SessionStore:
         tombstone belong to another key's owner.
         """
         meta_key, *value_keys = _keys(session_id)
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.hgetall(meta_key)
-        pipeline.mget(value_keys)
-        pipeline.ttl(meta_key)
         try:
-            meta, (token_ids, origins, log_probs), ttl_s = await pipeline.execute()
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.hgetall(meta_key)
+                pipeline.mget(value_keys)
+                pipeline.ttl(meta_key)
+                meta, (token_ids, origins, log_probs), ttl_s = await pipeline.execute()
         except (RedisError, OSError) as error:
             raise self._unavailable(error) from error
         if not meta:
@@ -223,13 +223,15 @@ class SessionStore:
         _raise_for(status, session_id)
 
     async def _write_pipeline(self, writes: Sequence[Write]) -> list[object]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for write in writes:
-            script, arguments = self._write_arguments(write)
-            extra = [part for pair in write.fields.items() for part in pair]
-            pipeline.execute_command("EVALSHA", _DIGESTS[script], 4, *_keys(write.session_id), *arguments, *extra)
         try:
-            return list(await pipeline.execute(raise_on_error=False))
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for write in writes:
+                    script, arguments = self._write_arguments(write)
+                    extra = [part for pair in write.fields.items() for part in pair]
+                    pipeline.execute_command(
+                        "EVALSHA", _DIGESTS[script], 4, *_keys(write.session_id), *arguments, *extra
+                    )
+                return list(await pipeline.execute(raise_on_error=False))
         except (RedisError, OSError) as error:
             raise self._unavailable(error) from error
 

@@ -109,12 +109,12 @@ class SessionUsage:
         noted = dict(self._noted)
         if not noted:
             return
-        pipeline = self._redis.pipeline(transaction=False)
         try:
-            for (owner_key, session_id), num_tokens in noted.items():
-                arguments = self._arguments(session_id, num_tokens, Caps(0, 0))
-                await self._count(keys=_keys(owner_key), args=arguments, client=pipeline)
-            await pipeline.execute()
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for (owner_key, session_id), num_tokens in noted.items():
+                    arguments = self._arguments(session_id, num_tokens, Caps(0, 0))
+                    await self._count(keys=_keys(owner_key), args=arguments, client=pipeline)
+                await pipeline.execute()
         except (RedisError, OSError):
             return
         for key, num_tokens in noted.items():

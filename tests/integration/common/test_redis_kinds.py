@@ -6,19 +6,23 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import uvloop
 from redis import Redis
+from redis.asyncio import Redis as ClientOfRedis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common import redis_client
 from services.common.errors import ConfigError, Unavailable
+from services.common.quota_ledger import QuotaLedger, Use
 from services.common.service import wait_until
 from services.common.session_store import Acquisition, Commit, RecordLost, SessionStore
+from services.common.session_usage import Caps, SessionUsage
 from tests.fakes.redis_process import RedisProcess, running
+from tests.fakes.tcp_proxy import proxied
 
 SESSION = "6a3c2f60-0000-4000-8000-000000000001"
 FIRST = Acquisition(SESSION, None, 0, (1, 2, 3), b"\0\0\0", {"request_id": "r1", "prompt_len": "3"})
@@ -238,3 +242,45 @@ def test_a_sentinel_urls_parts_reach_the_clients() -> None:
 def test_a_url_of_too_few_connections_is_refused_with_the_limit() -> None:
     with pytest.raises(ConfigError, match=f"max_connections is 8, but at least {redis_client.MIN_CONNECTIONS}"):
         redis_client.connect("redis://127.0.0.1/0?max_connections=8", 1.0)
+
+
+async def flush_usage(client: ClientOfRedis) -> bool:
+    usage = SessionUsage(client, Caps(1, 1), idle_s=60)
+    usage.note("ann", "s", 1)
+    await usage.flush()
+    return not usage._noted
+
+
+async def report_quotas(client: ClientOfRedis) -> bool:
+    return await QuotaLedger(client).report([Use("ann", 60, 1, 1)]) is not None
+
+
+async def write_records(client: ClientOfRedis) -> bool:
+    with suppress(Unavailable):
+        await SessionStore(client, "a", idle_s=60, tombstone_s=60).write_all([Commit(SESSION, 1, 3, (7,), b"\1")])
+        return True
+    return False
+
+
+async def load_record(client: ClientOfRedis) -> bool:
+    with suppress(Unavailable):
+        await SessionStore(client, "a", idle_s=60, tombstone_s=60).load(SESSION)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("ask", [flush_usage, report_quotas, write_records, load_record])
+async def test_a_server_that_falls_silent_again_and_again_costs_no_connection(
+    redis_url: str, ask: Callable[[ClientOfRedis], Coroutine[object, object, bool]]
+) -> None:
+    async with proxied("127.0.0.1", int(redis_url.rsplit(":", 1)[1].split("/")[0])) as proxy:
+        client = redis_client.connect(f"redis://{proxy.address}/0", 0.1)
+        client.connection_pool.max_connections = 2
+        try:
+            for _ in range(4):
+                assert await ask(client)
+                proxy.silence()
+                assert not await ask(client)
+                proxy.mend()
+        finally:
+            await redis_client.close(client)
