@@ -29,8 +29,10 @@ class Terminated(BaseException):
 def describe(error: OutriderError, address: str | None = None) -> str:
     """One line: the server's sentence, its reason, and a hint where trying again may help."""
     message = " ".join(error.message.split())
+    where = f" at {address}" if address else ""
+    if error.reason == "UNIMPLEMENTED":
+        return f"what serves{where} is no coordinator, or an older one: {message}"
     if isinstance(error, Unavailable) and error.reason == "STREAM_BROKEN":
-        where = f" at {address}" if address else ""
         return f"cannot reach the coordinator{where} (is `outrider up` running?): {message}"
     hint = ""
     if error.retry_after_ms:

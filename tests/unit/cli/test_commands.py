@@ -17,7 +17,7 @@ from rich.table import Table
 from services.cli import failure, terminal
 from services.cli.main import main
 from services.client import Chunk, Token
-from services.common.errors import Aborted, ResourceExhausted, Unavailable
+from services.common.errors import Aborted, Internal, ResourceExhausted, Unavailable
 from services.common.values import TokenOrigin
 from tests.fakes.coordinator import WORDS, FakeCoordinator, play, whole
 from tests.fakes.threaded import serving_in_thread
@@ -225,6 +225,8 @@ def test_errors_say_whether_trying_again_helps():
     later = ResourceExhausted("QUEUE_FULL", "the queue is full", retry_after_ms=1500)
     assert failure.describe(later) == "the queue is full [QUEUE_FULL]; try again in 1.5 s"
     assert "later may help" in failure.describe(Unavailable("NO_TARGET", "no target"))
+    other = Internal("UNIMPLEMENTED", "Method not found!")
+    assert failure.describe(other, "a:1") == "what serves at a:1 is no coordinator, or an older one: Method not found!"
 
 
 def test_an_interrupt_while_the_commands_are_imported_is_silent(tmp_path):
