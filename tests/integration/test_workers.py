@@ -235,5 +235,5 @@ async def test_the_reported_total_covers_all_the_time_in_the_worker_but_not_the_
         result = await stream.next()
         wall_ns = time.monotonic_ns() - sent_ns
     timings = result.timings
-    assert timings.forward_ns >= 1_000_000
+    assert timings.forward_ns > 0  # a simulated step makes up for what the one before it overran
     assert timings.queue_ns + timings.forward_ns < timings.total_ns < wall_ns
