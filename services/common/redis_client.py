@@ -24,6 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common.errors import ConfigError
@@ -110,8 +111,12 @@ class _Patient:
                 writer.transport.abort()
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        async with _in_time(self._timeout_s, "reading"):
-            return await super().read_response(*args, **kwargs)  # type: ignore[misc]
+        try:
+            async with _in_time(self._timeout_s, "reading"):
+                return await super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except ReadOnlyError:  # no master any more; its name may stand for another server by now
+            await self.disconnect(nowait=True)
+            raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         try:

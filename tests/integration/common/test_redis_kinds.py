@@ -303,3 +303,23 @@ async def test_a_server_that_falls_silent_again_and_again_costs_no_connection(
                 proxy.mend()
         finally:
             await redis_client.close(client)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+async def test_a_server_that_became_a_replica_is_left_for_the_one_that_its_name_stands_for_now(
+    tmp_path: Path, evaluated: bool
+) -> None:
+    with running(tmp_path) as old, running(tmp_path) as new:
+        async with proxied("127.0.0.1", old.port) as proxy, connected(f"redis://{proxy.address}/0") as store:
+            await asyncio.gather(*[store.heartbeat(60_000) for _ in range(3)])
+            epoch = await store.acquire(FIRST)
+            proxy.target = "127.0.0.1", new.port
+            with Redis(port=old.port) as client:
+                client.replicaof("127.0.0.1", new.port)
+            commit = Commit(SESSION, epoch, 3, (7,), b"\1")
+            async with asyncio.timeout(5):
+                while True:
+                    with suppress(Unavailable):
+                        await (store.write_all([commit]) if evaluated else store.heartbeat(60_000))
+                        break
+                    await asyncio.sleep(0.05)
