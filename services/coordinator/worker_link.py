@@ -291,15 +291,12 @@ class WorkerLink(Generic[ItemT, ResultT]):
 
     async def _refresh(self, channel: grpc.aio.Channel) -> None:
         """Asks a worker for its load that has sent none for a while: a quiet one may have been filled by others."""
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
         while True:
             await asyncio.sleep(_REFRESH_S)
             if asyncio.get_running_loop().time() - self._heard_s < _REFRESH_S:
                 continue
-            with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that is gone ends the stream
-                request = worker_pb2.GetWorkerInfoRequest()
-                response = await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S)
-                self._note_load(wire.load_from_proto(response.load))
+            with contextlib.suppress(OutriderError):  # a worker that is gone ends the stream
+                self._note_load((await _ask(channel, _DESCRIBE_TIMEOUT_S)).load)
 
     def _break_lanes(self, error: OutriderError) -> None:
         lanes, self._lanes = self._lanes, {}

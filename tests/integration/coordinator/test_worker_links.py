@@ -109,3 +109,20 @@ async def test_a_worker_that_breaks_off_while_it_is_asked_how_it_is_has_told_not
                 odd.answering.set()
         finally:
             await link.aclose()
+
+
+async def test_a_load_that_cannot_be_decoded_once_is_asked_for_again() -> None:
+    with held_port() as port:
+        link, odd = WorkerLink(f"127.0.0.1:{port}", DRAFT_CODEC), Odd()
+        odd.ending.clear()
+        try:
+            async with serving(odd, port):
+                link.start()
+                assert await link.wait_up(5)
+                odd.info = GARBAGE
+                assert await wait_until(lambda: odd.num_asked > 1, 5)
+                odd.info = INFO + worker_pb2.GetWorkerInfoResponse(load={"num_sequences": 7}).SerializeToString()
+                assert await wait_until(lambda: link.load.num_sequences == 7, 5)
+                odd.ending.set()
+        finally:
+            await link.aclose()
