@@ -83,6 +83,7 @@ class Connections:
         self._connections: dict[int, Connection] = {}
         self._retired: list[Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._addresses)
@@ -90,7 +91,9 @@ class Connections:
     def choose(self, session_id: str, after: Connection | None = None) -> Connection:
         """The session's coordinator, or the first one without a session; where `after` has just failed the caller, the
         next. Those that have failed anybody come last. Connects in the background; a call fails with UNAVAILABLE if
-        that fails."""
+        that fails. Raises RuntimeError behind `close`: nobody would close another channel."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
         start = home_of(session_id, len(self)) if after is None else after.place + 1
         places = [(start + i) % len(self) for i in range(len(self))]
         place = next((place for place in places if self._breakers[place].allows), places[0])
@@ -119,6 +122,7 @@ class Connections:
 
     async def close(self) -> None:
         """Closes all channels; calls in progress are cancelled."""
+        self._closed = True
         open_ones, self._connections, self._retired = [*self._connections.values(), *self._retired], {}, []
         for connection in open_ones:
             await connection.channel.close()

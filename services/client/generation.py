@@ -51,52 +51,34 @@ class Generation:
     """A running generation. Iterate over it once; `result` is there when the iteration has ended.
 
     Leaving the iteration early, by `aclose()` or cancellation, ends the generation on the server; its session stays.
+    So does dropping it: nothing that it holds refers back to it.
     Iterating raises OutriderError for what the server refuses, and for what stays unreachable after the policy's
     retries.
     """
 
     def __init__(self, connections: Connections, request: coordinator_pb2.GenerateRequest, policy: RetryPolicy) -> None:
-        self._connections = connections
-        self._request = request
-        self._policy = policy
-        self._started: coordinator_pb2.GenerationStarted | None = None
-        self._tokens: list[Token] = []
-        self._texts: list[str] = []
-        self._durable_len = 0
-        self._reached = False
-        self._num_streams = 0
-        self._num_offered = 0
-        self._num_ownership_losses = 0
-        self._connection: Connection | None = None
-        self._call: _Call | None = None
-        self._result: Result | None = None
-        self._retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(self._may_resume),
-            stop=self._has_given_up,
-            wait=self._backoff_s,
-            retry_error_callback=_raise_given_up,
-        )
-        self._chunks = self._resumed_chunks()
+        self._stream = _ResumedStream(connections, request, policy)
+        self._chunks = self._stream.chunks()
 
     @property
     def session_id(self) -> str:
         """Of a fork, the new session's once the stream has begun, before that its source's."""
-        return self._started.session_id if self._started else self._request.session_id
+        return self._stream.session_id
 
     @property
     def request_id(self) -> str:
-        return self._request.request_id
+        return self._stream.request_id
 
     @property
     def seed(self) -> int:
-        return self._request.sampling.seed
+        return self._stream.seed
 
     @property
     def result(self) -> Result:
         """Raises RuntimeError before the generation has finished."""
-        if self._result is None:
+        if self._stream.result is None:
             raise RuntimeError("the generation has not finished; iterate over it, or await complete()")
-        return self._result
+        return self._stream.result
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self._chunks
@@ -112,7 +94,46 @@ class Generation:
         """Ends the stream. Harmless when it has ended."""
         await self._chunks.aclose()
 
-    async def _resumed_chunks(self) -> AsyncGenerator[Chunk, None]:
+
+class _ResumedStream:
+    """What a generation has received, and the call that it comes from."""
+
+    def __init__(self, connections: Connections, request: coordinator_pb2.GenerateRequest, policy: RetryPolicy) -> None:
+        self._connections = connections
+        self._request = request
+        self._policy = policy
+        self._started: coordinator_pb2.GenerationStarted | None = None
+        self._tokens: list[Token] = []
+        self._texts: list[str] = []
+        self._durable_len = 0
+        self._reached = False
+        self._num_streams = 0
+        self._num_offered = 0
+        self._num_ownership_losses = 0
+        self._connection: Connection | None = None
+        self._call: _Call | None = None
+        self.result: Result | None = None
+        self._retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(self._may_resume),
+            stop=self._has_given_up,
+            wait=self._backoff_s,
+            retry_error_callback=_raise_given_up,
+        )
+
+    @property
+    def session_id(self) -> str:
+        return self._started.session_id if self._started else self._request.session_id
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    @property
+    def seed(self) -> int:
+        return self._request.sampling.seed
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """To be called once."""
         try:
             chunk: Chunk | None
             while (chunk := await self._retrying(self._next_chunk)) is not None:
@@ -126,7 +147,7 @@ class Generation:
         Raises OutriderError, having ended the stream; the next call begins a new one, elsewhere if there is elsewhere.
         """
         try:
-            while self._result is None:
+            while self.result is None:
                 response = await self._read()
                 chunk = self._take(response)
                 if response.HasField("finished"):
@@ -243,7 +264,7 @@ class Generation:
         reason = finish_reason_from_proto(finished.reason)
         if reason is None or self._started is None:
             raise Internal("DEFECT", "the coordinator ended the generation without saying what it was, or why it ended")
-        self._result = Result(
+        self.result = Result(
             text="".join(self._texts),
             tokens=tuple(self._tokens),
             prompt_token_ids=tuple(self._started.prompt_token_ids),

@@ -115,7 +115,7 @@ def read_ring(path: Path) -> KeyRing:
         if document["version"] != _VERSION:
             raise ConfigError(f"api_keys_file: {path} is of version {document['version']}, not {_VERSION}")
         owners = [_owner(name, fields) for name, fields in document["owners"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"api_keys_file: {path} is not a file of `outrider keys`") from None
     ids = [key.key_id for owner in owners for key in owner.keys]
     if len(set(ids)) != len(ids):

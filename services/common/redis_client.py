@@ -12,6 +12,7 @@ sentinel_username and sentinel_password are what the Sentinels themselves ask fo
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,6 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common.errors import ConfigError
@@ -87,6 +89,7 @@ class _Patient:
 
     socket_timeout: float | None
     socket_connect_timeout: float | None
+    _writer: asyncio.StreamWriter | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,9 +100,23 @@ class _Patient:
         async with _in_time(self._connect_timeout_s, "connecting"):
             await super()._connect()  # type: ignore[misc]
 
+    async def disconnect(self, *args: Any, **kwargs: Any) -> None:
+        """TLS waits half a minute for a silent server's farewell; this gives it up as connecting."""
+        writer = self._writer
+        try:
+            async with _in_time(self._connect_timeout_s, "closing"):
+                await super().disconnect(*args, **kwargs)  # type: ignore[misc]
+        except RedisTimeoutError:
+            if writer is not None:
+                writer.transport.abort()
+
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        async with _in_time(self._timeout_s, "reading"):
-            return await super().read_response(*args, **kwargs)  # type: ignore[misc]
+        try:
+            async with _in_time(self._timeout_s, "reading"):
+                return await super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except ReadOnlyError:  # no master any more; its name may stand for another server by now
+            await self.disconnect(nowait=True)
+            raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         try:

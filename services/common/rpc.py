@@ -129,15 +129,16 @@ def status_from_error(error: OutriderError) -> status_pb2.Status:
 def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
     """The exception that a server raised, rebuilt from the status; a transport's own failure becomes STREAM_BROKEN."""
     code, text = error.code().value[0], error.details() or error.code().name
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # only its three accessors are used
     reason, metadata, field, retry_after_ms = "", {}, None, None
-    for detail in status.details if status else ():
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason, metadata = info.reason, dict(info.metadata)
-            field = metadata.pop("field", None)
-        elif detail.Unpack(retry):
-            retry_after_ms = retry.retry_delay.ToMilliseconds()
+    with contextlib.suppress(DecodeError, ValueError):  # details may be undecodable, or another status than the call's
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # only its three accessors are used
+        for detail in status.details if status else ():
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                reason, metadata = info.reason, dict(info.metadata)
+                field = metadata.pop("field", None)
+            elif detail.Unpack(retry):
+                retry_after_ms = retry.retry_delay.ToMilliseconds()
     if not reason:
         reason = "STREAM_BROKEN" if code == Unavailable.code else error.code().name
     kind = ERRORS_BY_CODE.get(code, Internal)

@@ -141,6 +141,7 @@ class Generation:
             log.exception("session %s: the generation failed", self._plan.session_id, extra=fields)
             self._output.fail(Internal("DEFECT", "internal error; the server's log has the detail"))
         finally:
+            self._abandoned = True  # it ends already: who stops it now waits for what it still writes
             self._close_sequences()
             if self._finish is None:
                 self._journal.note({"running": "0", **self._handles()})

@@ -150,12 +150,13 @@ class SessionOpener:
         )
 
     async def _reserve_and_acquire(self, request: GenerationRequest, acquisition: Acquisition, max_len: int) -> int:
-        await self._usage.reserve(request.owner_key, request.session_id, max_len)
+        """Whichever fails, the session counts as before; it may have been done all the same, and answered too late."""
         try:
+            await self._usage.reserve(request.owner_key, request.session_id, max_len)
             return await self._store.acquire(acquisition)
-        except OutriderError:
-            if acquisition.expected_epoch is None:
-                self._usage.note(request.owner_key, request.session_id, None)
+        except (OutriderError, RecordMoved):
+            held = None if acquisition.expected_epoch is None else acquisition.expected_len
+            self._usage.note(request.owner_key, request.session_id, held)
             raise
 
     async def _resume(

@@ -104,7 +104,11 @@ class _Usage:
         if not self.sessions[session_id]:
             del self.sessions[session_id]
             if told:
-                self._ended.add(session_id)
+                self.left(session_id)
+
+    def left(self, session_id: str) -> None:
+        """The fleet is to be told, unless it is held again by then."""
+        self._ended.add(session_id)
 
     @property
     def shared(self) -> bool:
@@ -166,7 +170,11 @@ class Quotas:
         usage = self._usage(owner)
         self._check(usage, len(usage.sessions) - (session_id in usage.sessions))
         if told := usage.shared:
-            await self._enter(usage, owner.name, session_id)
+            try:
+                await self._enter(usage, owner.name, session_id)
+            except asyncio.CancelledError:
+                usage.left(session_id)  # the fleet may hold it all the same
+                raise
         usage.hold(session_id)
         try:
             yield usage.take_tokens

@@ -22,7 +22,7 @@ from outrider.v1 import draft_pb2_grpc, target_pb2_grpc, worker_pb2, worker_pb2_
 
 from services.common import rpc, wire, wire_draft, wire_target
 from services.common.channels import Channels
-from services.common.errors import DeadlineExceeded, FailedPrecondition, OutriderError, Unavailable
+from services.common.errors import DeadlineExceeded, FailedPrecondition, Internal, OutriderError, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Identity, Open, TargetItem, TargetResult
 from services.common.service import end_tasks
 from services.common.values import PROTOCOL_VERSION, WorkerInfo, WorkerLoad
@@ -258,6 +258,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
         error: OutriderError = Unavailable("STREAM_BROKEN", f"{self} ended the stream", retry_after_ms=500)
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
+                _check_decoded(response)
                 self._note_load(wire.load_from_proto(response.load))
                 for result in self._codec.decode(response):
                     lane = self._lanes.get(_key(result.identity))
@@ -265,6 +266,8 @@ class WorkerLink(Generic[ItemT, ResultT]):
                         lane.deliver(result)
         except grpc.aio.AioRpcError as failure:
             error = rpc.error_from_rpc(failure)
+        except OutriderError as failure:  # no message of the protocol
+            error = failure
         except asyncio.CancelledError:
             if not writer.done():  # else it was the writer that ended the stream
                 raise
@@ -288,15 +291,12 @@ class WorkerLink(Generic[ItemT, ResultT]):
 
     async def _refresh(self, channel: grpc.aio.Channel) -> None:
         """Asks a worker for its load that has sent none for a while: a quiet one may have been filled by others."""
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
         while True:
             await asyncio.sleep(_REFRESH_S)
             if asyncio.get_running_loop().time() - self._heard_s < _REFRESH_S:
                 continue
-            with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that is gone ends the stream
-                request = worker_pb2.GetWorkerInfoRequest()
-                response = await stub.GetWorkerInfo(request, timeout=_DESCRIBE_TIMEOUT_S)
-                self._note_load(wire.load_from_proto(response.load))
+            with contextlib.suppress(OutriderError):  # a worker that is gone ends the stream
+                self._note_load((await _ask(channel, _DESCRIBE_TIMEOUT_S)).load)
 
     def _break_lanes(self, error: OutriderError) -> None:
         lanes, self._lanes = self._lanes, {}
@@ -339,9 +339,21 @@ class WorkerLink(Generic[ItemT, ResultT]):
 async def _ask(channel: grpc.aio.Channel, timeout_s: float) -> WorkerInfo:
     stub = worker_pb2_grpc.WorkerServiceStub(channel)
     try:
-        return wire.info_from_proto(await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s))
+        response = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         raise rpc.error_from_rpc(error) from error
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise Unavailable("STREAM_BROKEN", "the channel was closed meanwhile") from None
+    _check_decoded(response)
+    return wire.info_from_proto(response)
+
+
+def _check_decoded(response: object) -> None:
+    """gRPC gives None for bytes that are no such message. Raises Internal UNDECODABLE."""
+    if response is None:
+        raise Internal("UNDECODABLE", "the bytes received are no message of the protocol")
 
 
 def _key(identity: Identity) -> tuple[str, int, int]:

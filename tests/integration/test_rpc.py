@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from outrider.v1 import draft_pb2, draft_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -67,6 +69,27 @@ async def test_an_error_arrives_as_it_was_raised(error: OutriderError) -> None:
     assert type(back) is type(error)
     assert (back.reason, back.message, back.field) == (error.reason, error.message, error.field)
     assert (back.retry_after_ms, back.metadata) == (error.retry_after_ms, error.metadata)
+
+
+def _details(code: int = 14, message: str = "no", detail: any_pb2.Any | None = None) -> bytes:
+    return status_pb2.Status(code=code, message=message, details=[detail] if detail else ()).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        b"\xff\xff",
+        _details(code=9),
+        _details(message="another"),
+        _details(detail=any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")),
+    ],
+    ids=["undecodable", "of another code", "with another message", "with an undecodable detail"],
+)
+def test_details_that_a_proxy_has_spoilt_leave_the_errors_code_and_message(details: bytes) -> None:
+    trailers = grpc.aio.Metadata(("grpc-status-details-bin", details))
+    told = error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), trailers, "no"))
+    assert isinstance(told, Unavailable)
+    assert (told.reason, told.message) == ("STREAM_BROKEN", "no")
 
 
 async def test_an_error_in_a_stream_ends_it_with_its_status() -> None:

@@ -133,7 +133,9 @@ async def test_a_socket_file(tmp_path: Path) -> None:
         await check_round_trip(f"unix://{tmp_path / 's'}")
 
 
-async def test_tls_with_client_certificates(tmp_path: Path) -> None:
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[tuple[RedisProcess, dict[str, str]]]:
+    """A server that asks for certificates, and all files; its URL names those of a client."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip(
@@ -154,9 +156,26 @@ async def test_tls_with_client_certificates(tmp_path: Path) -> None:
     flags += ["--tls-ca-cert-file", files["ca"]]
     url = f"rediss://127.0.0.1:{{port}}/0?ssl_ca_certs={files['ca']}&{own}"
     with running(tmp_path, *flags, binary=binary, url=url) as server:
-        await check_round_trip(server.url)
-        await check_refusal(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={files['ca']}")
-        await check_refusal(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={files['other-ca']}&{own}")
+        yield server, files
+
+
+async def test_tls_with_client_certificates(tls_server: tuple[RedisProcess, dict[str, str]]) -> None:
+    server, files = tls_server
+    await check_round_trip(server.url)
+    await check_refusal(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={files['ca']}")
+    await check_refusal(server.url.replace(files["ca"], files["other-ca"]))
+
+
+async def test_a_silent_servers_tls_connections_are_closed_without_its_farewell(
+    tls_server: tuple[RedisProcess, dict[str, str]],
+) -> None:
+    server, _ = tls_server
+    async with proxied("127.0.0.1", server.port) as proxy:
+        client = redis_client.connect(server.url.replace(f":{server.port}/", f":{proxy.port}/"), 0.2)
+        assert await client.ping()
+        proxy.silence()
+        async with asyncio.timeout(5):
+            await redis_client.close(client)
 
 
 @pytest.fixture
@@ -284,3 +303,23 @@ async def test_a_server_that_falls_silent_again_and_again_costs_no_connection(
                 proxy.mend()
         finally:
             await redis_client.close(client)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+async def test_a_server_that_became_a_replica_is_left_for_the_one_that_its_name_stands_for_now(
+    tmp_path: Path, evaluated: bool
+) -> None:
+    with running(tmp_path) as old, running(tmp_path) as new:
+        async with proxied("127.0.0.1", old.port) as proxy, connected(f"redis://{proxy.address}/0") as store:
+            await asyncio.gather(*[store.heartbeat(60_000) for _ in range(3)])
+            epoch = await store.acquire(FIRST)
+            proxy.target = "127.0.0.1", new.port
+            with Redis(port=old.port) as client:
+                client.replicaof("127.0.0.1", new.port)
+            commit = Commit(SESSION, epoch, 3, (7,), b"\1")
+            async with asyncio.timeout(5):
+                while True:
+                    with suppress(Unavailable):
+                        await (store.write_all([commit]) if evaluated else store.heartbeat(60_000))
+                        break
+                    await asyncio.sleep(0.05)

@@ -17,6 +17,7 @@ from services.common import rpc
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.service import wait_until
 from services.common.session_store import Acquisition, SessionStore
+from services.common.session_usage import SessionUsage
 from services.coordinator import admission
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import running_coordinator
@@ -241,3 +242,32 @@ async def test_a_client_that_goes_away_while_its_stream_is_blocked_frees_its_seq
         assert engine.load.num_sequences == 1
         call.cancel()
         assert await wait_until(lambda: engine.load.num_sequences == 0, 1.0)
+
+
+@pytest.mark.parametrize("part", ["reserve", "acquire"])
+@pytest.mark.parametrize("turn", [1, 2])
+async def test_a_turn_whose_opening_fails_holds_nothing_of_its_clients_tokens(
+    start_cluster: StartCluster, redis_url: str, monkeypatch: pytest.MonkeyPatch, part: str, turn: int
+) -> None:
+    owner = {"reserve": SessionUsage, "acquire": SessionStore}[part]
+    honest = getattr(owner, part)
+
+    async def answered_too_late(*arguments: object) -> None:
+        await honest(*arguments)
+        raise Unavailable("STORE_UNAVAILABLE", "too late")
+
+    async with start_cluster(max_client_tokens=200) as cluster:
+        with Redis.from_url(redis_url) as redis:
+
+            def num_held() -> int:
+                return int(redis.get("outrider:usage:{anonymous}:total") or 0)
+
+            request = {"session_id": str(uuid.uuid4()), "prompt": "a", "ignore_eos": True}
+            for _ in range(1, turn):
+                await cluster.generate(**request, max_tokens=5)
+            stored = 6 * (turn - 1)
+            assert await wait_until(lambda: num_held() == stored, 5)
+            monkeypatch.setattr(owner, part, answered_too_late)
+            with pytest.raises(Unavailable):
+                await cluster.generate(**request, max_tokens=150)
+            assert await wait_until(lambda: num_held() == stored, 2)

@@ -15,7 +15,7 @@ from redis import Redis
 from services.common import redis_client
 from services.common.api_keys import KeyOwner, Limits
 from services.common.errors import ResourceExhausted
-from services.common.quota_ledger import QuotaLedger
+from services.common.quota_ledger import QuotaLedger, Use
 from services.common.service import wait_until
 from services.coordinator.quotas import Quotas
 from tests.fakes import redis_process
@@ -227,3 +227,24 @@ def test_three_coordinators_that_report_decide_as_one_would(
     with Redis.from_url(redis_url) as client:
         client.flushall()
     asyncio.run(main())
+
+
+async def test_a_session_whose_client_left_while_it_was_entered_is_given_back(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, enter, entered = KeyOwner("ann", Limits(max_sessions=1)), QuotaLedger.enter, asyncio.Event()
+
+    async def answered_late(ledger: QuotaLedger, use: Use, session_id: str) -> None:
+        await enter(ledger, use, session_id)
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with fleet(redis_url) as (first, second):
+        with monkeypatch.context() as patched:
+            patched.setattr(QuotaLedger, "enter", answered_late)
+            entering = asyncio.create_task(admitted(first, owner, "a"))
+            await entered.wait()
+            entering.cancel()
+            await asyncio.wait([entering])
+        await first.report()
+        assert await admitted(second, owner, "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from services.client import Chat, GenerateOptions, OutriderClient, RetryPolicy, TokenIds
 from services.common.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits
+from services.common.service import wait_until
 from services.common.values import FinishReason, TokenOrigin, VerificationMethod
 from tests.fakes.coordinator import WORDS, FakeCoordinator, finished, play, serving, started, tokens, whole
 from tests.fakes.homes import session_at
@@ -285,6 +287,41 @@ async def test_leaving_the_stream_early_cancels_the_call():
                 break
         async with asyncio.timeout(5):
             await fake.cancelled.wait()
+
+
+async def test_a_reader_that_is_cancelled_between_two_chunks_ends_the_call_at_once():
+    fake = FakeCoordinator(play(tokens(0, 1), 30.0))
+    async with client_of(fake) as client:
+        reading = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in client.generate("hi"):
+                reading.set()
+                await asyncio.sleep(30.0)
+
+        task = asyncio.create_task(read())
+        await reading.wait()
+        gc.disable()  # what it would find later must not be needed
+        try:
+            task.cancel()
+            async with asyncio.timeout(2):
+                await fake.cancelled.wait()
+        finally:
+            gc.enable()
+
+
+async def test_a_generation_between_two_tries_ends_when_the_client_is_closed():
+    fake = FakeCoordinator(play(MOVED), whole())
+    patient = dataclasses.replace(QUICK, initial_backoff_s=0.3, max_backoff_s=0.3)
+    async with serving(fake) as address:
+        client = OutriderClient(address, retry=patient)
+        reading = asyncio.create_task(client.complete("hi"))
+        places = client._connections._connections
+        assert await wait_until(lambda: bool(fake.requests) and not places[0].num_calls, 5)
+        await client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await reading
+    assert len(fake.requests) == 1
 
 
 async def test_prompts_and_options_reach_the_wire():

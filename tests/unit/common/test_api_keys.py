@@ -57,6 +57,8 @@ def broken_files() -> list[object]:
         {"version": 1, "owners": {"ann": {**limits, "keys": [{**good, "sha256": "outrider-secret"}]}}},
         {"version": 1, "owners": {"ann": {**limits, "requests_per_s": -1, "keys": [good]}}},
         {"version": 1, "owners": {"ann": {**limits, "requests_per_s": "nan", "keys": [good]}}},
+        {"version": 1, "owners": {"ann": {**limits, "tokens_per_min": float("inf"), "keys": [good]}}},
+        {"version": 1, "owners": {"ann": {**limits, "requests_per_s": 10**400, "keys": [good]}}},
     ]
 
 

@@ -118,3 +118,20 @@ async def test_who_waits_for_the_end_may_be_cancelled_and_the_end_stays_what_it_
     async with asyncio.timeout(1):
         assert (await chunks_of(output))[-1].finish is FinishReason.LENGTH
     await committer.aclose()
+
+
+async def test_who_stops_a_generation_that_fails_by_itself_waits_for_what_it_still_writes() -> None:
+    store, output = SlowStore(), Output(max_unread_tokens=16, slow_client_s=1.0)
+    committer = Committer(store, outage_after_s=60)
+    committer.start()
+    generation = new_generation(committer, output)
+    generation.start()
+    async with asyncio.timeout(5):
+        await store.was_asked.wait()
+        stopping = asyncio.create_task(generation.stop(TAKEN_OVER))
+        await asyncio.wait([stopping], timeout=0.1)
+        assert not stopping.done()
+        store.may_answer.set()
+        await stopping
+    assert [commit.fields["running"] for commit in store.stored] == ["0"]
+    await committer.aclose()
