@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from services.common.errors import NEWEST_EPOCH, Aborted, InvalidArgument, ResourceExhausted
 from services.common.items import Identity, Open
+from services.common.values import LOGIT_BIAS_RANGE, MAX_TOP_LOG_PROBS, SAMPLING_RANGES, Range
 from services.engine.sequence import Sequence
 
 FENCE_TTL_NS = 600 * 10**9
@@ -87,7 +88,17 @@ class Limits:
             raise InvalidArgument(
                 "INVALID_PARAMETER", f"max_new_tokens: {item.max_new_tokens}, at least 1", field="max_new_tokens"
             )
+        _check("num_top_log_probs", item.num_top_log_probs, Range(0, MAX_TOP_LOG_PROBS))
+        for name, allowed in SAMPLING_RANGES.items():
+            _check(f"sampling.{name}", getattr(item.sampling, name), allowed)
+        for token_id, bias in item.sampling.logit_bias:
+            _check(f"sampling.logit_bias[{token_id}]", bias, LOGIT_BIAS_RANGE)
         self.check_token_ids("prefix", item.prefix)
+
+
+def _check(field: str, value: float, allowed: Range) -> None:
+    if not allowed.holds(value):
+        raise InvalidArgument("INVALID_PARAMETER", f"{field}: {value} is not in {allowed}", field=field)
 
 
 class Fence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,19 @@ def test_a_fault_in_blocks_that_others_read_ends_them_all(tmp_path: Path) -> Non
     with pytest.raises(Internal, match="not finite"):
         model.step([Work(sequence, 7, None, 1)])
     assert engine.runner.pool.is_finite(range(engine.num_blocks))
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(top_p=0.0), SamplingParams(min_p=2.0), SamplingParams(logit_bias=((3, inf),))], ids=str
+)
+def test_sampling_without_a_distribution_ends_nobody_else(sampling: SamplingParams, tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    model, blocks = PagedTargetModel(engine, Verifier()), BlockManager(8, engine.block_size)
+    core = TargetCore(model, blocks, max_sequences=8, max_sequence_len=100, max_draft_tokens=4)
+    bad = open_item("bad", (5, 6, 7), sampling=sampling, max_new_tokens=5)
+    good = open_item("good", (5, 6, 8), max_new_tokens=5)
+    results = core.handle(1, [good, decode("good", 3, 2), bad, decode("bad", 3, 2)])
+    while core.has_work:
+        results += core.step()
+    assert [type(r) for _, r in results if r.identity.session_id == "bad"] == [Refused, Refused]
+    assert [type(r) for _, r in results if r.identity.session_id == "good"] == [Tokens, Tokens]
