@@ -115,7 +115,7 @@ class ItemStream(Generic[Request, Response, Item]):
         worker = self._state.get()
         info = worker.info
         loop = asyncio.get_running_loop()
-        outbox = _Outbox()
+        outbox = _Outbox(lambda: connection.close())
 
         def deliver(results: list[Any]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
@@ -177,10 +177,12 @@ def _log_refusals(results: list[Any], spans: ItemSpans) -> None:
 class _Outbox:
     """Results on their way to one coordinator. Touched by the event loop only.
 
-    A put without results is news too: it has the load sent.
+    A put without results is news too: it has the load sent. Where too much is unread, `overflowed` is called, since
+    whoever takes may be held up for as long as the coordinator reads nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overflowed: Callable[[], None]) -> None:
+        self._overflowed = overflowed
         self._batches: list[tuple[list[Any], int]] = []
         self._num_results = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -188,9 +190,13 @@ class _Outbox:
         self._error: OutriderError | None = None
 
     def put(self, results: list[Any], answered_ns: int) -> None:
+        if self._error is not None:
+            return
         self._batches.append((results, answered_ns))
         self._num_results += len(results)
         if self._num_results > wire.MAX_UNREAD_RESULTS:
+            self._batches.clear()
+            self._overflowed()
             self.end(ResourceExhausted("QUEUE_FULL", f"more than {wire.MAX_UNREAD_RESULTS} results are unread"))
         self._wake()
 
