@@ -271,8 +271,13 @@ class EngineThread(Generic[Item, Result]):
             if self._stopping:
                 return False
             inbox, self._inbox, self._num_queued_items = self._inbox, [], 0
-        for entry in inbox:
-            self._take(entry)
+        for index, entry in enumerate(inbox):
+            try:
+                self._take(entry)
+            except BaseException:
+                with self._wake:
+                    self._inbox[:0] = inbox[index + 1 :]  # somebody may wait for a call of theirs
+                raise
         self._pause_s = self._core.hold_s if self._core.has_work else None
         if self._pause_s == 0.0:
             self._guard(self._core.step)

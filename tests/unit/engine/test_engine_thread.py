@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -202,6 +202,23 @@ def test_core_that_cannot_be_brought_back_ends_the_thread(monkeypatch: pytest.Mo
     assert "still broken" in str(bench.engine.failure.error)
     with pytest.raises(Internal):
         connection.submit([open_item("b")])
+
+
+def test_a_call_behind_items_that_end_the_thread_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, queued = Bench(), threading.Event()
+
+    def lost(*_: object) -> None:
+        raise WorkerFailed("rank 1 ended")
+
+    monkeypatch.setattr(bench.core, "handle", lost)
+    bench.engine.connect(Peer().deliver).submit([open_item("a")])
+    monkeypatch.setattr(bench.engine._wake, "notify", queued.set)
+    with ThreadPoolExecutor() as pool:
+        draining = pool.submit(bench.engine.run, bench.core.drain, DEADLINE_S)
+        assert queued.wait(DEADLINE_S)
+        bench.engine.start()
+        draining.result()
+    assert isinstance(bench.engine.failed, WorkerFailed)
 
 
 def test_a_step_that_the_worker_cannot_outlive_ends_the_thread_and_is_reported() -> None:
