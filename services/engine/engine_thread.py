@@ -205,9 +205,12 @@ class EngineThread(Generic[Item, Result]):
             self._wake.notify()
         return future.result(timeout_s)
 
-    def drain(self) -> None:
-        """Tells the core to open no more sequences; every load that is delivered from now on says so."""
-        self.run(self._drain)
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Tells the core to open no more sequences; every load that is delivered from now on says so.
+
+        Raises TimeoutError where the step in progress lasts longer.
+        """
+        self.run(self._drain, timeout_s)
 
     def _drain(self) -> None:
         self._core.drain()

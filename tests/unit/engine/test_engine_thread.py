@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
 from services.common.items import Refused, TargetItem, TargetResult, Tokens
+from services.common.rpc import GrpcServer
+from services.common.values import WorkerInfo
+from services.common.worker import Worker
+from services.common.worker_server import RunningWorker
 from services.engine.block_manager import BlockManager
 from services.engine.engine_thread import EngineThread
 from services.engine.simulated import SimulatedTarget
@@ -288,6 +294,14 @@ def test_drained_engine_says_so_and_refuses_new_sequences(bench: Bench) -> None:
     (result,) = peer.results(1)
     assert isinstance(result, Refused)
     assert isinstance(result.error, Unavailable)
+
+
+async def test_draining_does_not_wait_for_a_step_that_never_ends(bench: Bench) -> None:
+    bench.engine.connect(Peer().deliver).submit([open_item("a"), decode("a", 3, 100)])
+    bench.wait_for_step()
+    info = WorkerInfo("i", "target", None, "", 16, 8, 100)
+    worker = RunningWorker(0, Worker(bench.engine, info), GrpcServer("", 0), bench.engine, CollectorRegistry(), 0)
+    assert not await asyncio.wait_for(worker.drain(0.01), DEADLINE_S)
 
 
 def test_stop_joins_and_frees_what_was_open() -> None:
