@@ -62,7 +62,10 @@ def follow(first: bytes, inbox: Inbox) -> None:
     shard = load_shard(spec, Reporter(quiet=True))
     sys.stderr.write(f"{shard.memory}\n")
     while (message := inbox.next()) is not None:
-        shard.runner.forward(unpack(np.frombuffer(message, dtype=np.int64)))
+        if works := unpack(np.frombuffer(message, dtype=np.int64)):
+            shard.runner.forward(works)
+        else:
+            shard.runner.pool.clear(range(shard.num_blocks))
     dist.destroy_process_group()
 
 
