@@ -52,15 +52,6 @@ class Limits:
                 "INVALID_PARAMETER", f"{field}: {num_tokens} draft tokens, at most {self.max_draft_tokens}", field=field
             )
 
-    def check_base_len(self, identity: Identity) -> None:
-        """Raises InvalidArgument naming the limit for more tokens than a sequence may have."""
-        if identity.base_len > self.max_sequence_len:
-            raise InvalidArgument(
-                "INVALID_PARAMETER",
-                f"base_len: {identity.base_len}, but a sequence has at most {self.max_sequence_len} tokens",
-                field="base_len",
-            )
-
     def check_open(self, item: Open) -> None:
         """Raises InvalidArgument naming the field and the limit."""
         prefix_len = len(item.prefix)
@@ -203,6 +194,16 @@ def check_base_len(identity: Identity, num_tokens: int) -> None:
     """Raises Aborted (STALE) unless the item stands on exactly the tokens that the sequence has."""
     if identity.base_len != num_tokens:
         raise Aborted("STALE", f"base_len is {identity.base_len}, but the sequence has {num_tokens} tokens")
+
+
+def check_max_len(identity: Identity, max_len: int) -> None:
+    """Raises InvalidArgument naming the limit for more tokens than the sequence may have."""
+    if identity.base_len > max_len:
+        raise InvalidArgument(
+            "INVALID_PARAMETER",
+            f"base_len: {identity.base_len}, but the sequence has at most {max_len} tokens",
+            field="base_len",
+        )
 
 
 def _stale(identity: Identity, newest: tuple[int, int]) -> Aborted:
