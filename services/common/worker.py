@@ -19,7 +19,7 @@ from outrider.v1 import worker_pb2
 from services.common import wire
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.item_spans import ItemSpans
-from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
+from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify, is_ending
 from services.common.logs import work_fields
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerActivity, WorkerInfo, WorkerLoad
@@ -37,7 +37,7 @@ class Connection(Protocol):
     def submit(self, items: Sequence[Any], arrived_ns: int) -> None:
         """`arrived_ns` is the monotonic time at which the items' message came.
 
-        Raises ResourceExhausted where there is no room; Close items are taken all the same.
+        Raises ResourceExhausted where there is no room; those that end something (is_ending) are taken all the same.
         """
         ...
 
@@ -153,7 +153,7 @@ class ItemStream(Generic[Request, Response, Item]):
                 try:
                     connection.submit(items, arrived_ns)
                 except ResourceExhausted as error:
-                    refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]
+                    refused += [Refused(item.identity, error) for item in items if not is_ending(item)]
                 if refused:
                     outbox.put(refused, arrived_ns)
             outbox.end(None)

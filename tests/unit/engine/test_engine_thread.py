@@ -257,6 +257,20 @@ def test_full_queue_refuses_all_but_closes() -> None:
         assert bench.engine.run(lambda: bench.core.load.num_sequences, DEADLINE_S) == 1
 
 
+def test_full_queue_interrupts_a_decode() -> None:
+    bench = Bench(max_queued_items=1)
+    with bench.engine:
+        peer = Peer()
+        connection = bench.engine.connect(peer.deliver)
+        connection.submit([open_item("a"), decode("a", 3, 90)])
+        bench.wait_for_step()
+        connection.submit([open_item("b")])
+        connection.submit([decode("a", 3, 0)])
+        bench.model.open_gate()
+        first, last = peer.results(2)
+        assert (first.done, last.done, last.token_ids) == (False, True, ())
+
+
 def test_one_large_submission_fits_an_empty_queue() -> None:
     bench = Bench(max_queued_items=2)
     with bench.engine:
