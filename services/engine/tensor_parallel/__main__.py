@@ -53,7 +53,7 @@ def follow(first: bytes, inbox: Inbox) -> None:
     from services.engine.progress import Reporter
     from services.engine.shard import ShardSpec, load_shard
     from services.engine.tensor_parallel import group
-    from services.engine.tensor_parallel.message import unpack
+    from services.engine.tensor_parallel.leading_runner import obey
 
     spec = ShardSpec.decode(first)
     store = group.join_store(int(os.environ["MASTER_PORT"]), spec.size)
@@ -62,10 +62,7 @@ def follow(first: bytes, inbox: Inbox) -> None:
     shard = load_shard(spec, Reporter(quiet=True))
     sys.stderr.write(f"{shard.memory}\n")
     while (message := inbox.next()) is not None:
-        if works := unpack(np.frombuffer(message, dtype=np.int64)):
-            shard.runner.forward(works)
-        else:
-            shard.runner.pool.clear(range(shard.num_blocks))
+        obey(shard.runner, np.frombuffer(message, dtype=np.int64))
     dist.destroy_process_group()
 
 
