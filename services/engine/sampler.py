@@ -69,8 +69,8 @@ class Sampler:
             if methods[i] is VerificationMethod.REJECTION:
                 rows[i] = SparseRow(tuple(ids[probs > 0].tolist()), tuple(probs[probs > 0].tolist()))
         sampled = [
-            None if end or flag else Sampled(*found)
-            for *found, end, flag in zip(token_ids.tolist(), rows, ended, flags, strict=True)
+            None if end else Sampled(*found)
+            for *found, end in zip(token_ids.tolist(), rows, np.logical_or(ended, flags), strict=True)
         ]
         answers = iter(sampled)
         return [next(answers) if work.num_rows else None for work in works]
