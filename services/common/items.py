@@ -91,6 +91,11 @@ class Decode:
     parent_span_id: int = 0
 
 
+def is_ending(item: Open | Propose | Verify | Decode | Close) -> bool:
+    """A Close, or a Decode that interrupts: it always finds room, and has no answer, a refusal neither."""
+    return isinstance(item, Close) or (isinstance(item, Decode) and not item.num_free_tokens)
+
+
 DraftItem = Open | Propose | Close
 TargetItem = Open | Verify | Decode | Close
 

@@ -23,6 +23,32 @@ MAX_FEATURE_ROWS = MAX_DRAFT_TOKENS + 1
 MAX_DRAFT_ROW_LEN = 64
 """Entries of the sparse row that a drafted token may be drawn from (the draft's own top-k)."""
 
+
+class Range(NamedTuple):
+    """Numbers that are allowed; NaN is in none."""
+
+    low: float
+    high: float
+    low_open: bool = False
+
+    def holds(self, number: float) -> bool:
+        return self.low <= number <= self.high and not (self.low_open and number == self.low)
+
+    def __str__(self) -> str:
+        return f"{'(' if self.low_open else '['}{self.low}, {self.high}]"
+
+
+SAMPLING_RANGES = {
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, low_open=True),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 10, low_open=True),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+}
+"""Of the fields of SamplingParams. Outside of them a row of logits may have no distribution."""
+LOGIT_BIAS_RANGE = Range(-100, 100)
+
 THRESHOLD = 0.1
 """The lossy verification method accepts a token while the target gives it more than this."""
 

@@ -19,7 +19,7 @@ from outrider.v1 import worker_pb2
 from services.common import wire
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.item_spans import ItemSpans
-from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify
+from services.common.items import Close, Decode, Open, Propose, Refused, Timings, Tokens, Verify, is_ending
 from services.common.logs import work_fields
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerActivity, WorkerInfo, WorkerLoad
@@ -37,7 +37,7 @@ class Connection(Protocol):
     def submit(self, items: Sequence[Any], arrived_ns: int) -> None:
         """`arrived_ns` is the monotonic time at which the items' message came.
 
-        Raises ResourceExhausted where there is no room; Close items are taken all the same.
+        Raises ResourceExhausted where there is no room; those that end something (is_ending) are taken all the same.
         """
         ...
 
@@ -115,7 +115,7 @@ class ItemStream(Generic[Request, Response, Item]):
         worker = self._state.get()
         info = worker.info
         loop = asyncio.get_running_loop()
-        outbox = _Outbox()
+        outbox = _Outbox(lambda: connection.close())
 
         def deliver(results: list[Any]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
@@ -153,7 +153,7 @@ class ItemStream(Generic[Request, Response, Item]):
                 try:
                     connection.submit(items, arrived_ns)
                 except ResourceExhausted as error:
-                    refused += [Refused(item.identity, error) for item in items if not isinstance(item, Close)]
+                    refused += [Refused(item.identity, error) for item in items if not is_ending(item)]
                 if refused:
                     outbox.put(refused, arrived_ns)
             outbox.end(None)
@@ -177,10 +177,12 @@ def _log_refusals(results: list[Any], spans: ItemSpans) -> None:
 class _Outbox:
     """Results on their way to one coordinator. Touched by the event loop only.
 
-    A put without results is news too: it has the load sent.
+    A put without results is news too: it has the load sent. Where too much is unread, `overflowed` is called, since
+    whoever takes may be held up for as long as the coordinator reads nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overflowed: Callable[[], None]) -> None:
+        self._overflowed = overflowed
         self._batches: list[tuple[list[Any], int]] = []
         self._num_results = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -188,9 +190,13 @@ class _Outbox:
         self._error: OutriderError | None = None
 
     def put(self, results: list[Any], answered_ns: int) -> None:
+        if self._error is not None:
+            return
         self._batches.append((results, answered_ns))
         self._num_results += len(results)
         if self._num_results > wire.MAX_UNREAD_RESULTS:
+            self._batches.clear()
+            self._overflowed()
             self.end(ResourceExhausted("QUEUE_FULL", f"more than {wire.MAX_UNREAD_RESULTS} results are unread"))
         self._wake()
 

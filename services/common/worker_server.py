@@ -46,7 +46,7 @@ class StartableEngine(Engine, Protocol):
 
     def stop(self) -> bool: ...
 
-    def drain(self) -> None: ...
+    def drain(self, timeout_s: float) -> None: ...
 
     @property
     def failure(self) -> Failure: ...
@@ -90,7 +90,10 @@ class RunningWorker:
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new sequences; returns whether those that are open ended within `timeout_s`."""
         await self.server.set_ready(False)
-        await asyncio.to_thread(self.engine.drain)
+        try:
+            await asyncio.to_thread(self.engine.drain, timeout_s)
+        except TimeoutError:  # a step that does not end
+            return self.engine.load.num_sequences == 0
         return await wait_until(lambda: self.engine.load.num_sequences == 0, timeout_s, _DRAIN_INTERVAL_S)
 
 

@@ -6,7 +6,6 @@ Pure functions; ids that the client left out are the only thing drawn here.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +15,14 @@ from outrider.v1 import coordinator_pb2, sampling_pb2
 
 from services.common import wire
 from services.common.errors import InvalidArgument, NotFound
-from services.common.values import MAX_LOGIT_BIAS, MAX_TOP_LOG_PROBS, SamplingParams
+from services.common.values import (
+    LOGIT_BIAS_RANGE,
+    MAX_LOGIT_BIAS,
+    MAX_TOP_LOG_PROBS,
+    SAMPLING_RANGES,
+    Range,
+    SamplingParams,
+)
 from services.coordinator.chat_template import Message
 from services.coordinator.request import ChatInput, Fork, GenerationRequest, ResumePoint, TextInput, TokenInput
 
@@ -213,23 +219,19 @@ def _sampling(message: sampling_pb2.SamplingParams, limits: Limits) -> SamplingP
     """The values in their documented ranges; NaN and infinities are in none of them."""
     _at_most("sampling.logit_bias", len(message.logit_bias), MAX_LOGIT_BIAS)
     sampling = wire.sampling_from_proto(message)
-    _within("sampling.temperature", sampling.temperature, 0, 100)
-    _within("sampling.top_p", sampling.top_p, 0, 1, low_open=True)
-    _within("sampling.min_p", sampling.min_p, 0, 1)
-    _within("sampling.repetition_penalty", sampling.repetition_penalty, 0, 10, low_open=True)
-    _within("sampling.presence_penalty", sampling.presence_penalty, -2, 2)
-    _within("sampling.frequency_penalty", sampling.frequency_penalty, -2, 2)
+    for name, allowed in SAMPLING_RANGES.items():
+        _within(f"sampling.{name}", getattr(sampling, name), *allowed)
     _token_ids("sampling.logit_bias", [token_id for token_id, _ in sampling.logit_bias], limits)
     for token_id, bias in sampling.logit_bias:
-        _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+        _within(f"sampling.logit_bias[{token_id}]", bias, *LOGIT_BIAS_RANGE)
     _within("sampling.min_tokens", sampling.min_tokens, 0, MAX_MAX_TOKENS)
     return replace(sampling, temperature=0.0) if sampling.temperature < MIN_TEMPERATURE else sampling
 
 
-def _within(field: str, value: N, low: float, high: float, *, low_open: bool = False) -> N:
-    too_low = value <= low if low_open else value < low
-    if math.isnan(value) or too_low or value > high:
-        raise _invalid(field, f"{value} is not in {'(' if low_open else '['}{low}, {high}]")
+def _within(field: str, value: N, low: float, high: float, low_open: bool = False) -> N:
+    allowed = Range(low, high, low_open)
+    if not allowed.holds(value):
+        raise _invalid(field, f"{value} is not in {allowed}")
     return value
 
 

@@ -19,7 +19,7 @@ from services.engine.block_manager import PrefixCacheStats
 from services.engine.drafters.base import Draft, Drafter
 from services.engine.pending import Pending
 from services.engine.sequence import Sequence
-from services.engine.sequence_table import Fence, Limits, SequenceTable, check_base_len
+from services.engine.sequence_table import Fence, Limits, SequenceTable, check_base_len, check_max_len
 
 Results = list[tuple[int, DraftResult]]
 
@@ -185,7 +185,7 @@ class DraftCore:
         slot = self._table.find(item.identity, connection)
         draft = slot.draft
         check_base_len(item.identity, draft.sequence.num_committed + len(item.committed_tokens))
-        self._limits.check_base_len(item.identity)
+        check_max_len(item.identity, draft.sequence.max_len)
         self._limits.check_num_draft_tokens("num_draft_tokens", item.num_draft_tokens)
         self._limits.check_token_ids("committed_tokens", item.committed_tokens)
         results: Results = []

@@ -23,7 +23,7 @@ from services.common.errors import OutriderError
 from services.common.values import MAX_DRAFT_ROW_LEN, SparseRow, VerificationMethod
 from services.engine import acceptance
 from services.engine.choosing import choose
-from services.engine.logits_check import check_num_rows, nonfinite_rows, refuse_nonfinite
+from services.engine.logits_check import check_num_rows, nonfinite_errors, nonfinite_rows
 from services.engine.processing import process, rows_of
 from services.engine.step import Verdict, Work
 from services.engine.transfer import to_device, to_host
@@ -36,22 +36,23 @@ class DraftVerifier:
     def verify(self, works: list[Work], logits: Tensor) -> list[Verdict | OutriderError | None]:
         """One verdict for each work with rows, from float32 logits [sum of num_rows, V] in the order of the works.
 
-        Raises Internal for logits that are not finite, naming the session, and for a wrong number of rows.
+        In the place of a verdict stands an error where a work's logits are not finite. Raises Internal for a wrong
+        number of rows.
         """
         asking = [work for work in works if work.num_rows]
         check_num_rows(asking, logits)
         if not asking:
             return [None] * len(works)
         nonfinite = nonfinite_rows(logits)
-        if logits.device.type == "cpu":
-            refuse_nonfinite(asking, nonfinite.numpy())
+        if logits.device.type == "cpu" and nonfinite.any():  # sorting on a host takes numbers only
+            logits = logits.masked_fill(nonfinite[:, None], 0.0)
         batch = VerifyBatch.of(asking, logits.shape[1])
         scores, row_ids, row_probs = _truncate(process(logits, rows_of(asking)), batch)
         outcome, _ = choose(batch, scores, untrusted_drafts=False)
         flags, num_accepted, token_ids, ids, probs = to_host(
             [nonfinite, outcome.num_accepted, outcome.token_ids, row_ids, row_probs]
         )
-        refuse_nonfinite(asking, flags)
+        errors = nonfinite_errors(asking, flags)
 
         verdicts: list[Verdict | OutriderError] = []
         rows = iter(zip(ids.astype(np.int64), probs, strict=True))
@@ -61,7 +62,7 @@ class DraftVerifier:
             kept, num = acceptance.end(chosen, num, sequence.eos_token_ids, sequence.num_remaining_tokens)
             own = [_row(*next(rows)) for _ in range(work.num_rows)] if _is_drawn(method) else []
             sent = tuple(own[: len(kept)]) if method is VerificationMethod.REJECTION else ()
-            verdicts.append(Verdict(kept, num, rows=sent))
+            verdicts.append(errors[line] if line in errors else Verdict(kept, num, rows=sent))
         answers = iter(verdicts)
         return [next(answers) if work.num_rows else None for work in works]
 

@@ -22,7 +22,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
 from services.common.failure import Failure
-from services.common.items import Close, Decode, Open, Propose, Refused, Verify
+from services.common.items import Close, Decode, Open, Propose, Refused, Verify, is_ending
 from services.common.values import WorkerLoad
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,9 @@ class Connection(Generic[Item, Result]):
         """Queues items without blocking; they reach the core together and in order. A closed connection drops them.
 
         Raises ResourceExhausted (QUEUE_FULL, retriable) where the queue has no room for them, and then takes none but
-        Close items, which need no room. One submission always finds room in an empty queue. Raises Unavailable
-        (DRAINING) once the engine is stopped. `arrived_ns`: monotonic time at which the items came; None: now.
+        those that end something (items.is_ending), which need no room. One submission always finds room in an empty
+        queue. Raises Unavailable (DRAINING) once the engine is stopped. `arrived_ns`: monotonic time at which the items
+        came; None: now.
         """
         if not self.closed:
             self._engine._submit(self, items, time.monotonic_ns() if arrived_ns is None else arrived_ns)
@@ -205,9 +206,12 @@ class EngineThread(Generic[Item, Result]):
             self._wake.notify()
         return future.result(timeout_s)
 
-    def drain(self) -> None:
-        """Tells the core to open no more sequences; every load that is delivered from now on says so."""
-        self.run(self._drain)
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Tells the core to open no more sequences; every load that is delivered from now on says so.
+
+        Raises TimeoutError where the step in progress lasts longer.
+        """
+        self.run(self._drain, timeout_s)
 
     def _drain(self) -> None:
         self._core.drain()
@@ -222,15 +226,15 @@ class EngineThread(Generic[Item, Result]):
     def _submit(self, connection: Connection[Item, Result], items: Sequence[Item], arrived_ns: int) -> None:
         if not items:
             return
-        closes = tuple(item for item in items if isinstance(item, Close))
-        num_new = len(items) - len(closes)
+        endings = tuple(item for item in items if is_ending(item))
+        num_new = len(items) - len(endings)
         with self._wake:
             self._check_serving()
             num_queued = self._num_queued_items
             is_full = bool(num_new and num_queued and num_queued + num_new > self._max_queued_items)
-            taken = closes if is_full else tuple(items)
+            taken = endings if is_full else tuple(items)
             if taken:
-                self._num_queued_items += len(taken) - len(closes)
+                self._num_queued_items += len(taken) - len(endings)
                 self._inbox.append(_Arrival(connection, taken, arrived_ns))
                 self._wake.notify()
         if is_full:
@@ -271,8 +275,13 @@ class EngineThread(Generic[Item, Result]):
             if self._stopping:
                 return False
             inbox, self._inbox, self._num_queued_items = self._inbox, [], 0
-        for entry in inbox:
-            self._take(entry)
+        for index, entry in enumerate(inbox):
+            try:
+                self._take(entry)
+            except BaseException:
+                with self._wake:
+                    self._inbox[:0] = inbox[index + 1 :]  # somebody may wait for a call of theirs
+                raise
         self._pause_s = self._core.hold_s if self._core.has_work else None
         if self._pause_s == 0.0:
             self._guard(self._core.step)
@@ -310,7 +319,7 @@ class EngineThread(Generic[Item, Result]):
             results += self._core.abandon(refusal)
             if arrival is not None:
                 refused = [result.identity for _, result in results if isinstance(result, Refused)]
-                left = [item for item in arrival.items if item.identity not in refused and not isinstance(item, Close)]
+                left = [item for item in arrival.items if item.identity not in refused and not is_ending(item)]
                 results += [(arrival.connection.number, Refused(item.identity, refusal)) for item in left]
         if results or arrival is not None:
             self._load = self._core.load

@@ -20,7 +20,7 @@ import torch
 from services.common.errors import ConfigError
 from services.common.values import MAX_FEATURE_ROWS, ModelInfo
 from services.engine.feature_input import FeatureInput
-from services.engine.paged_model import LogitsSampler, PagedEngine
+from services.engine.paged_model import LogitsSampler, PagedEngine, clear_faults
 from services.engine.sequence import Sequence
 from services.engine.step import Sampled, Work
 
@@ -81,7 +81,8 @@ class FeatureDraftModel:
         self._put(works)
         logits = self._engine.runner.forward(works)
         sampled = self._sampler.sample(works, logits)
-        own = iter(self._tap.rows(len(logits)).clone() if len(logits) else ())
+        clear_faults(self._engine, works, logits, sampled)
+        own = iter(torch.nan_to_num(self._tap.rows(len(logits))) if len(logits) else ())
         for work in works:
             if work.num_rows:
                 self._rows.setdefault(work.sequence, {})[len(work.sequence)] = next(own)

@@ -23,7 +23,7 @@ def check_num_rows(works: list[Work], logits: Tensor) -> None:
 def nonfinite_rows(logits: Tensor) -> Tensor:
     """Which rows [R, V] hold a NaN or an infinity: bool [R], without a transfer off a device.
 
-    On a host, where looking is free, call `refuse_nonfinite` with it before using the logits; else with the transfer.
+    On a host, where sorting takes numbers only, the rows are to be filled with some before the logits are used.
     """
     if logits.is_cpu:  # where the one pass is not vectorised: it takes 16 times as long as these two
         lowest, highest = logits.amin(dim=1), logits.amax(dim=1)
@@ -38,12 +38,6 @@ def nonfinite_errors(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> d
         return {}
     owners = np.repeat(np.arange(len(works)), [work.num_rows for work in works])
     return {int(index): _error(works[index]) for index in np.unique(owners[nonfinite.astype(bool)])}
-
-
-def refuse_nonfinite(works: list[Work], nonfinite: npt.NDArray[np.generic]) -> None:
-    """Raises the first of `nonfinite_errors`, if there is one."""
-    for error in nonfinite_errors(works, nonfinite).values():
-        raise error
 
 
 def _error(work: Work) -> Internal:

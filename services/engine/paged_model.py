@@ -5,6 +5,7 @@ Owns: the composition, and loading it all from a model's name. Must not know: sc
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from services.common.errors import ConfigError, ModelUnsupported, OutriderError,
 from services.common.failure import Failure
 from services.common.values import ModelInfo
 from services.engine import digest, quantisation
+from services.engine.logits_check import nonfinite_errors, nonfinite_rows
 from services.engine.models import load_config, torch_device, torch_dtype
 from services.engine.prepare import display_name, resolve_model
 from services.engine.progress import Reporter
@@ -24,9 +26,12 @@ from services.engine.shard import Shard, ShardSpec, load_shard
 from services.engine.step import DraftModel, Sampled, TargetModel, Verdict, Work
 from services.engine.tensor_parallel import plan
 from services.engine.tensor_parallel.leading_runner import LeadingRunner
+from services.engine.tensor_parallel.message import pack
 from services.engine.tensor_parallel.ranks import Ranks
 from services.engine.trained_draft import read_manifest
 from services.engine.transfer import to_device, to_host
+
+log = logging.getLogger(__name__)
 
 _MAX_HALF = 65504.0
 """The largest float16."""
@@ -91,6 +96,12 @@ class PagedEngine:
     """Largest relative difference to the model's own attention at load."""
     ranks: Ranks | None = None
     """The processes of the other ranks, if there are any."""
+
+    def clear(self) -> None:
+        """Zeroes the pool, on every rank."""
+        if self.ranks is not None:
+            self.ranks.send(pack([]))
+        self.runner.pool.clear(range(self.num_blocks))
 
     def close(self) -> None:
         """Ends the other ranks. The engine is not to be used afterwards."""
@@ -250,7 +261,7 @@ class PagedTargetModel(TargetModel):
         pool, sequence = self._engine.runner.pool, work.sequence
         shared = sequence.block_table[: sequence.num_shared_blocks]
         if self._engine.ranks is not None or not pool.is_finite(shared):
-            pool.clear(range(pool.num_blocks))
+            self._engine.clear()
             raise error
         pool.clear(sequence.block_table[sequence.num_shared_blocks :])
 
@@ -268,4 +279,28 @@ class PagedDraftModel(DraftModel):
 
     @torch.inference_mode()
     def step(self, works: list[Work]) -> list[Sampled | None]:
-        return self._sampler.sample(works, self._engine.runner.forward(works))
+        logits = self._engine.runner.forward(works)
+        sampled = self._sampler.sample(works, logits)
+        clear_faults(self._engine, works, logits, sampled)
+        return sampled
+
+
+def clear_faults(engine: PagedEngine, works: list[Work], logits: torch.Tensor, sampled: list[Sampled | None]) -> None:
+    """Zeroes what is not finite in the blocks of sequences without finite logits, whose proposals have ended.
+
+    Masked slots of a block that is used again must hold numbers; what else becomes of these sequences' cache, and of
+    whose they share it with, costs acceptance alone. With several ranks all sequences must end: raises the error.
+    """
+    asking = [work for work in works if work.num_rows]
+    tokens = [token for work, token in zip(works, sampled, strict=True) if work.num_rows]
+    ended = np.flatnonzero([token is None for token in tokens])
+    if not len(ended):
+        return
+    (flags,) = to_host([nonfinite_rows(logits[to_device(ended, logits.device)])])
+    pool = engine.runner.pool
+    for index, error in nonfinite_errors([asking[i] for i in ended], flags).items():
+        if engine.ranks is not None:
+            engine.clear()
+            raise error
+        log.warning("%s; its proposals are empty", error)
+        pool.clear(block for block in asking[ended[index]].sequence.block_table if not pool.is_finite([block]))

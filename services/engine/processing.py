@@ -219,4 +219,5 @@ def _count_highest(scores: Tensor, top_k: list[int], top_p: list[float]) -> tupl
         sort_len = max(top_k)
     mass_before = torch.cat([torch.zeros_like(peak), mass[:, :-1]], dim=1)
     within = torch.arange(sort_len, device=device)[None] < limit
-    return highest, (within & (mass_before < wanted)).sum(dim=1, keepdim=True)
+    num_kept = (within & (mass_before < wanted)).sum(dim=1, keepdim=True)
+    return highest, num_kept.clamp(min=1)  # 0 of a row without numbers

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from services.common.values import MAX_DRAFT_ROW_LEN, SparseRow, VerificationMethod
 from services.engine import noise
-from services.engine.logits_check import check_num_rows, nonfinite_rows, refuse_nonfinite
+from services.engine.logits_check import check_num_rows, nonfinite_rows
 from services.engine.noise import NoiseKeys, Purpose
 from services.engine.noise_torch import KeyTensors, gumbel_argmax
 from services.engine.processing import process, rows_of
@@ -43,16 +43,16 @@ class Sampler:
     def sample(self, works: list[Work], logits: Tensor) -> list[Sampled | None]:
         """One token for each work with a row, from float32 logits [number of those, V] in the order of the works.
 
-        None in place of a token ends that proposal. Raises Internal for logits that are not finite, naming the
-        session, and for a wrong number of rows.
+        None in place of a token ends that proposal, as do logits that are not finite. Raises Internal for a wrong
+        number of rows.
         """
         asking = [work for work in works if work.num_rows]
         check_num_rows(asking, logits)
         if not asking:
             return [None] * len(works)
         nonfinite = nonfinite_rows(logits)
-        if logits.device.type == "cpu":
-            refuse_nonfinite(asking, nonfinite.numpy())
+        if logits.device.type == "cpu" and nonfinite.any():  # sorting on a host takes numbers only
+            logits = logits.masked_fill(nonfinite[:, None], 0.0)
         methods = [None if w.sequence.sampling.greedy else w.sequence.verification for w in asking]
         coupled = np.flatnonzero([m is VerificationMethod.COUPLED for m in methods])
         drawn = np.flatnonzero([m in (VerificationMethod.REJECTION, VerificationMethod.THRESHOLD) for m in methods])
@@ -61,7 +61,6 @@ class Sampler:
         best = _choose(asking, scores, coupled)
         ends = self._ends(scores)
         flags, best_ids, row_ids, row_probs, ended = to_host([nonfinite, best, *_rows(scores, drawn), ends])
-        refuse_nonfinite(asking, flags)
 
         token_ids = best_ids.astype(np.int64)
         token_ids[drawn] = _draw([asking[i] for i in drawn], row_ids.astype(np.int64), row_probs.astype(np.float32))
@@ -70,7 +69,8 @@ class Sampler:
             if methods[i] is VerificationMethod.REJECTION:
                 rows[i] = SparseRow(tuple(ids[probs > 0].tolist()), tuple(probs[probs > 0].tolist()))
         sampled = [
-            None if end else Sampled(*found) for *found, end in zip(token_ids.tolist(), rows, ended, strict=True)
+            None if end else Sampled(*found)
+            for *found, end in zip(token_ids.tolist(), rows, np.logical_or(ended, flags), strict=True)
         ]
         answers = iter(sampled)
         return [next(answers) if work.num_rows else None for work in works]

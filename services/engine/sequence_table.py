@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from services.common.errors import NEWEST_EPOCH, Aborted, InvalidArgument, ResourceExhausted
 from services.common.items import Identity, Open
+from services.common.values import LOGIT_BIAS_RANGE, MAX_TOP_LOG_PROBS, SAMPLING_RANGES, Range
 from services.engine.sequence import Sequence
 
 FENCE_TTL_NS = 600 * 10**9
@@ -51,15 +52,6 @@ class Limits:
                 "INVALID_PARAMETER", f"{field}: {num_tokens} draft tokens, at most {self.max_draft_tokens}", field=field
             )
 
-    def check_base_len(self, identity: Identity) -> None:
-        """Raises InvalidArgument naming the limit for more tokens than a sequence may have."""
-        if identity.base_len > self.max_sequence_len:
-            raise InvalidArgument(
-                "INVALID_PARAMETER",
-                f"base_len: {identity.base_len}, but a sequence has at most {self.max_sequence_len} tokens",
-                field="base_len",
-            )
-
     def check_open(self, item: Open) -> None:
         """Raises InvalidArgument naming the field and the limit."""
         prefix_len = len(item.prefix)
@@ -87,7 +79,17 @@ class Limits:
             raise InvalidArgument(
                 "INVALID_PARAMETER", f"max_new_tokens: {item.max_new_tokens}, at least 1", field="max_new_tokens"
             )
+        _check("num_top_log_probs", item.num_top_log_probs, Range(0, MAX_TOP_LOG_PROBS))
+        for name, allowed in SAMPLING_RANGES.items():
+            _check(f"sampling.{name}", getattr(item.sampling, name), allowed)
+        for token_id, bias in item.sampling.logit_bias:
+            _check(f"sampling.logit_bias[{token_id}]", bias, LOGIT_BIAS_RANGE)
         self.check_token_ids("prefix", item.prefix)
+
+
+def _check(field: str, value: float, allowed: Range) -> None:
+    if not allowed.holds(value):
+        raise InvalidArgument("INVALID_PARAMETER", f"{field}: {value} is not in {allowed}", field=field)
 
 
 class Fence:
@@ -192,6 +194,16 @@ def check_base_len(identity: Identity, num_tokens: int) -> None:
     """Raises Aborted (STALE) unless the item stands on exactly the tokens that the sequence has."""
     if identity.base_len != num_tokens:
         raise Aborted("STALE", f"base_len is {identity.base_len}, but the sequence has {num_tokens} tokens")
+
+
+def check_max_len(identity: Identity, max_len: int) -> None:
+    """Raises InvalidArgument naming the limit for more tokens than the sequence may have."""
+    if identity.base_len > max_len:
+        raise InvalidArgument(
+            "INVALID_PARAMETER",
+            f"base_len: {identity.base_len}, but the sequence has at most {max_len} tokens",
+            field="base_len",
+        )
 
 
 def _stale(identity: Identity, newest: tuple[int, int]) -> Aborted:

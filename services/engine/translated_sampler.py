@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.logits_check import check_num_rows, nonfinite_rows, refuse_nonfinite
+from services.engine.logits_check import check_num_rows, nonfinite_rows
 from services.engine.own_sequence import OwnSequence
 from services.engine.paged_model import LogitsSampler
 from services.engine.step import Sampled, Work
@@ -37,12 +37,12 @@ class TranslatingSampler:
         self._layers = _layers(pair)
 
     def sample(self, works: list[Work], logits: Tensor) -> list[Sampled | None]:
-        """As services.engine.sampler.Sampler. Raises Internal for logits that are not finite."""
+        """As services.engine.sampler.Sampler."""
         asking = [work for work in works if work.num_rows]
         check_num_rows(asking, logits)
         if not asking:
             return [None] * len(works)
-        refuse_nonfinite(asking, to_host([nonfinite_rows(logits)])[0])
+        (nonfinite,) = to_host([nonfinite_rows(logits)])
         by_text = np.array([_own(work).by_text for work in asking])
         sampled: dict[int, Sampled | None] = {}
         if by_text.any():
@@ -54,7 +54,7 @@ class TranslatingSampler:
             translated = self.translate(logits[to_device(lines, logits.device)])
             targets = [replace(asking[i], sequence=_own(asking[i]).target) for i in lines]
             sampled |= dict(zip(lines.tolist(), self._sampler.sample(targets, translated), strict=True))
-        answers = iter([sampled[i] for i in range(len(asking))])
+        answers = iter([None if flag else sampled[i] for i, flag in enumerate(nonfinite)])
         return [next(answers) if work.num_rows else None for work in works]
 
     def translate(self, logits: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import psutil
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.torch import load_file, save_file
 
-from services.common.items import Decode, Identity, Open, Tokens, Verify
+from services.common.items import Decode, Identity, Open, Refused, Tokens, Verify
 from services.common.rpc import channel_options
 from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.target.config import TargetConfig
@@ -64,15 +65,15 @@ def worker(model: Path) -> Iterator[Ranks]:
     assert ranks.are_gone()
 
 
-async def generate(stream: Stream, prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+async def generate(stream: Stream, prompt: tuple[int, ...], sampling: SamplingParams, epoch: int) -> tuple[int, ...]:
     """12 tokens decoded alone, then a round over the same prompt with a proposal that is right at first."""
     session = f"{prompt} at {sampling.temperature}"
-    opening = Identity(session, 1, 1, 0, len(prompt))
+    opening = Identity(session, epoch, 1, 0, len(prompt))
     method = VerificationMethod.COUPLED
     await stream.send(Open(opening, prompt, len(prompt), frozenset(), sampling, method, 100), Decode(opening, 12))
     tokens = await stream.tokens()
-    again = Identity(session, 1, 2, 0, len(prompt))
-    at = Identity(session, 1, 2, 1, len(prompt))
+    again = Identity(session, epoch, 2, 0, len(prompt))
+    at = Identity(session, epoch, 2, 1, len(prompt))
     await stream.send(
         Open(again, prompt, len(prompt), frozenset(), sampling, method, 100),
         Verify(at, Proposal(1, (*tokens[:3], tokens[3] ^ 1, 5))),
@@ -80,10 +81,10 @@ async def generate(stream: Stream, prompt: tuple[int, ...], sampling: SamplingPa
     return tokens + await stream.tokens()
 
 
-async def all_tokens(port: int) -> list[tuple[int, ...]]:
+async def all_tokens(port: int, epoch: int = 1) -> list[tuple[int, ...]]:
     async with target_stream(port) as stream:
         return [
-            await generate(stream, prompt, SamplingParams(temperature=temperature, seed=5))
+            await generate(stream, prompt, SamplingParams(temperature=temperature, seed=5), epoch)
             for prompt in PROMPTS
             for temperature in (0.0, 1.0)
         ]
@@ -99,6 +100,25 @@ async def test_two_ranks_give_the_tokens_of_one_process_and_end_on_sigterm(tmp_p
         ranks.leader.send_signal(signal.SIGTERM)
         assert ranks.leader.wait(END_S) == 0
         assert ranks.are_gone()
+
+
+async def test_a_sequence_without_finite_logits_leaves_no_trace_on_any_rank(tmp_path: Path) -> None:
+    """Its prompt has a token whose embedding is not a number."""
+    bad, model = 301, save_model(tmp_path)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][bad] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with worker(model) as ranks:
+        expected = await all_tokens(ranks.port)
+        async with target_stream(ranks.port) as stream:
+            prompt = (5, bad, *range(10, 50))
+            opening, sampling = Identity("broken", 1, 1, 0, len(prompt)), SamplingParams()
+            method = VerificationMethod.COUPLED
+            await stream.send(Open(opening, prompt, 2, frozenset(), sampling, method, 100), Decode(opening, 1))
+            refused = await stream.next()
+            assert isinstance(refused, Refused)
+            assert "not finite" in refused.error.message
+        assert await all_tokens(ranks.port, epoch=2) == expected
 
 
 async def test_a_killed_rank_takes_the_worker_down_amid_its_work(tmp_path: Path) -> None:

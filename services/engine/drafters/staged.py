@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from services.common.errors import OutriderError
 from services.common.values import ModelInfo
 from services.engine.block_manager import BlockManager
 from services.engine.drafters.base import Draft, Drafter, Pool
@@ -146,12 +145,12 @@ class StagedDrafter:
         draft_of = {id(draft.sequence): draft for draft in drafts}
         taking_part = [draft_of[id(work.sequence)] for work in works]
         for draft, work, verdict in zip(taking_part, works, verdicts, strict=True):
-            if isinstance(verdict, OutriderError):
-                raise verdict
-            if verdict is None:
-                draft.sequence.num_cached += work.num_new_tokens
-            else:
+            if isinstance(verdict, Verdict):
                 self._take(draft, verdict)
+            else:
+                draft.sequence.num_cached += work.num_new_tokens
+                if work.num_rows:  # an error: what it wrote has been cleared
+                    draft.end()
             self._blocks.share(draft.sequence)
         return taking_part
 

@@ -53,7 +53,7 @@ def follow(first: bytes, inbox: Inbox) -> None:
     from services.engine.progress import Reporter
     from services.engine.shard import ShardSpec, load_shard
     from services.engine.tensor_parallel import group
-    from services.engine.tensor_parallel.message import unpack
+    from services.engine.tensor_parallel.leading_runner import obey
 
     spec = ShardSpec.decode(first)
     store = group.join_store(int(os.environ["MASTER_PORT"]), spec.size)
@@ -62,7 +62,7 @@ def follow(first: bytes, inbox: Inbox) -> None:
     shard = load_shard(spec, Reporter(quiet=True))
     sys.stderr.write(f"{shard.memory}\n")
     while (message := inbox.next()) is not None:
-        shard.runner.forward(unpack(np.frombuffer(message, dtype=np.int64)))
+        obey(shard.runner, np.frombuffer(message, dtype=np.int64))
     dist.destroy_process_group()
 
 

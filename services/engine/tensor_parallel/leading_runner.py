@@ -1,4 +1,4 @@
-"""Computes steps on every rank of a model: rank 0's runner.
+"""Computes steps on every rank of a model: rank 0's runner, and what the others do.
 
 Owns: that all ranks compute the same step. Must not know: processes, how a step is laid out, sampling, the wire.
 """
@@ -14,7 +14,7 @@ from services.engine.kv_pool import KvPool
 from services.engine.models import CausalModel
 from services.engine.runners import Runner
 from services.engine.step import Work
-from services.engine.tensor_parallel.message import Ints, pack
+from services.engine.tensor_parallel.message import Ints, pack, unpack
 
 
 class Followers(Protocol):
@@ -47,3 +47,11 @@ class LeadingRunner:
             return self._runner.forward(works)
         except Exception as error:
             raise WorkerFailed(f"a step failed on rank 0, and the ranks cannot go on together: {error}") from error
+
+
+def obey(runner: Runner, message: Ints) -> None:
+    """Computes another rank's part of a step, or zeroes its pool."""
+    if works := unpack(message):
+        runner.forward(works)
+    else:
+        runner.pool.clear(range(runner.pool.num_blocks))

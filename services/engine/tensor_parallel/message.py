@@ -5,7 +5,8 @@ Owns: the order of the numbers. Must not know: how they travel, how a runner lay
     works, then for each    num_cached | new tokens | drafted tokens | num_rows | blocks
     then for each           its tokens to compute, new and drafted | its block table
 
-Of a sequence's cached tokens only the number is sent: a runner reads no others than those it computes.
+Of a sequence's cached tokens only the number is sent: a runner reads no others than those it computes. A step without
+works has the pool zeroed.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Ranks:
             raise
 
     def send(self, message: Ints) -> None:
-        """Has every rank compute a step. Raises WorkerFailed where one is gone."""
+        """Has every rank compute a step, or zero its pool. Raises WorkerFailed where one is gone."""
         frame = message.tobytes()
         for rank in self._ranks:
             rank.send(frame)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from services.common.errors import Aborted, Internal
+from services.common.errors import Aborted, Internal, ResourceExhausted
 from services.common.items import Identity, Tokens
 from services.common.values import WorkerInfo, WorkerLoad
-from services.common.wire import MAX_ITEMS_A_MESSAGE
+from services.common.wire import MAX_ITEMS_A_MESSAGE, MAX_UNREAD_RESULTS
 from services.common.worker import ItemStream, Worker, WorkerState
 
 
@@ -55,6 +57,43 @@ async def test_a_stream_whose_requests_cannot_be_read_ends_at_once_and_frees_wha
             async for _ in stream.serve(requests()):
                 pass
     assert engine.num_closed == 1
+
+
+class Kept(list[Any]):
+    """A list that can be referred to weakly."""
+
+
+class TalkativeEngine(IdleEngine):
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = asyncio.Event()
+
+    def connect(self, deliver: Callable[[list[Any]], None]) -> TalkativeEngine:
+        self.deliver = deliver
+        return self
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+async def test_a_coordinator_that_reads_nothing_loses_its_sequences_and_what_waits_for_it() -> None:
+    engine, state = TalkativeEngine(), WorkerState()
+    state.set_ready(Worker(engine, WorkerInfo("i", "target", None, "", 16, 8, 100)))
+    stream = ItemStream[str, int, Any](state, lambda request, opens: ([], []), lambda results, load: len(results))
+    unread = Kept([Tokens(Identity("s", 1, 1, 0, 0), (0,), 0, 0, False)] * (MAX_UNREAD_RESULTS + 1))
+    is_kept, first = weakref.ref(unread), unread[:1]
+    async with asyncio.timeout(5), contextlib.aclosing(stream.serve(requests())) as responses:
+        asyncio.get_running_loop().call_soon(lambda: engine.deliver(first))
+        assert await anext(responses) == 1  # and no further one is asked for
+        engine.deliver(unread)
+        del unread
+        await engine.closed.wait()
+        await asyncio.sleep(0)
+        assert is_kept() is None
+        with pytest.raises(ResourceExhausted):
+            await anext(responses)
 
 
 class BusyEngine(IdleEngine):

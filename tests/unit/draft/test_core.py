@@ -190,6 +190,16 @@ def test_commits_beyond_the_workers_longest_sequence_are_refused() -> None:
     assert refused.error.field == "base_len"
 
 
+def test_commits_beyond_the_budget_are_refused_before_they_outgrow_the_pool() -> None:
+    bench = Bench(num_blocks=8)
+    other = open_item("b", PREFIX, max_new_tokens=9)
+    results = bench.run(open_item(max_new_tokens=10), other, propose("a", 63, (5,) * 60, 3), propose("b", 3, (), 2))
+    error = error_of(results)
+    assert isinstance(error, InvalidArgument)
+    assert (error.field, "13 tokens" in error.message) == ("base_len", True)
+    assert tokens_of(results[-1]) == drafted_continuation(PREFIX, 2)
+
+
 def test_draft_stops_behind_an_end_of_sequence_token() -> None:
     bench = Bench()
     expected = drafted_continuation(PREFIX, 6)

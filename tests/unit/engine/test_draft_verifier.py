@@ -87,8 +87,13 @@ def test_a_verdict_ends_at_end_of_sequence() -> None:
     assert (verdict.token_ids, verdict.num_accepted_tokens) == ((best,), 1)
 
 
-def test_logits_that_are_not_finite_are_refused() -> None:
-    asking = work(sequence([1, 2]))
-    with pytest.raises(Internal):
-        DraftVerifier().verify([asking], torch.full((1, 16), torch.nan))
+@pytest.mark.parametrize("method", VerificationMethod)
+def test_logits_that_are_not_finite_are_an_error_of_their_sequence_alone(method: VerificationMethod) -> None:
+    asking = [work(sequence([1, start], SAMPLING, method), (3, 4)) for start in range(3)]
+    logits = MODEL.logits(asking)
+    expected = DraftVerifier().verify(asking, logits)
+    logits[4, 5] = torch.nan
+    first, error, last = DraftVerifier().verify(asking, logits)
+    assert [first, last] == [expected[0], expected[2]]
+    assert isinstance(error, Internal)
     assert DraftVerifier().verify([], torch.empty(0, 16)) == []

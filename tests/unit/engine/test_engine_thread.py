@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.common.errors import Internal, OutriderError, ResourceExhausted, Unavailable, WorkerFailed
 from services.common.items import Refused, TargetItem, TargetResult, Tokens
+from services.common.rpc import GrpcServer
+from services.common.values import WorkerInfo
+from services.common.worker import Worker
+from services.common.worker_server import RunningWorker
 from services.engine.block_manager import BlockManager
 from services.engine.engine_thread import EngineThread
 from services.engine.simulated import SimulatedTarget
@@ -204,6 +210,23 @@ def test_core_that_cannot_be_brought_back_ends_the_thread(monkeypatch: pytest.Mo
         connection.submit([open_item("b")])
 
 
+def test_a_call_behind_items_that_end_the_thread_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, queued = Bench(), threading.Event()
+
+    def lost(*_: object) -> None:
+        raise WorkerFailed("rank 1 ended")
+
+    monkeypatch.setattr(bench.core, "handle", lost)
+    bench.engine.connect(Peer().deliver).submit([open_item("a")])
+    monkeypatch.setattr(bench.engine._wake, "notify", queued.set)
+    with ThreadPoolExecutor() as pool:
+        draining = pool.submit(bench.engine.run, bench.core.drain, DEADLINE_S)
+        assert queued.wait(DEADLINE_S)
+        bench.engine.start()
+        draining.result()
+    assert isinstance(bench.engine.failed, WorkerFailed)
+
+
 def test_a_step_that_the_worker_cannot_outlive_ends_the_thread_and_is_reported() -> None:
     bench = Bench()
     bench.model.error = error = WorkerFailed("rank 1 ended")
@@ -232,6 +255,20 @@ def test_full_queue_refuses_all_but_closes() -> None:
         connection.submit([close("b")])
         bench.model.open_gate()
         assert bench.engine.run(lambda: bench.core.load.num_sequences, DEADLINE_S) == 1
+
+
+def test_full_queue_interrupts_a_decode() -> None:
+    bench = Bench(max_queued_items=1)
+    with bench.engine:
+        peer = Peer()
+        connection = bench.engine.connect(peer.deliver)
+        connection.submit([open_item("a"), decode("a", 3, 90)])
+        bench.wait_for_step()
+        connection.submit([open_item("b")])
+        connection.submit([decode("a", 3, 0)])
+        bench.model.open_gate()
+        first, last = peer.results(2)
+        assert (first.done, last.done, last.token_ids) == (False, True, ())
 
 
 def test_one_large_submission_fits_an_empty_queue() -> None:
@@ -271,6 +308,14 @@ def test_drained_engine_says_so_and_refuses_new_sequences(bench: Bench) -> None:
     (result,) = peer.results(1)
     assert isinstance(result, Refused)
     assert isinstance(result.error, Unavailable)
+
+
+async def test_draining_does_not_wait_for_a_step_that_never_ends(bench: Bench) -> None:
+    bench.engine.connect(Peer().deliver).submit([open_item("a"), decode("a", 3, 100)])
+    bench.wait_for_step()
+    info = WorkerInfo("i", "target", None, "", 16, 8, 100)
+    worker = RunningWorker(0, Worker(bench.engine, info), GrpcServer("", 0), bench.engine, CollectorRegistry(), 0)
+    assert not await asyncio.wait_for(worker.drain(0.01), DEADLINE_S)
 
 
 def test_stop_joins_and_frees_what_was_open() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ import transformers
 
 from services.common.config import cache_dir
 from services.common.errors import ConfigError, Internal, ModelUnsupported
-from services.common.items import Identity, Open, Refused, TargetItem, Tokens
+from services.common.items import Identity, Open, Proposed, Refused, TargetItem, Tokens
 from services.common.values import Proposal, SamplingParams, VerificationMethod
+from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
+from services.engine.draft_verifier import DraftVerifier
+from services.engine.drafters.base import Drafter
+from services.engine.drafters.model import ModelDrafter
+from services.engine.drafters.ngram import NgramDrafter
+from services.engine.drafters.staged import StagedDrafter
 from services.engine.paged_model import (
     EngineOptions,
     PagedDraftModel,
@@ -29,7 +36,7 @@ from services.engine.step import Sampled, Verdict, Work
 from services.engine.verifier import Verifier
 from services.target.core import TargetCore
 from tests.tiny_models import save_model
-from tests.unit.item_builders import decode, identity, open_item, verify
+from tests.unit.item_builders import close, decode, identity, open_item, propose, verify
 
 QUIET = Reporter(quiet=True)
 
@@ -277,3 +284,53 @@ def test_a_fault_in_blocks_that_others_read_ends_them_all(tmp_path: Path) -> Non
     with pytest.raises(Internal, match="not finite"):
         model.step([Work(sequence, 7, None, 1)])
     assert engine.runner.pool.is_finite(range(engine.num_blocks))
+
+
+@pytest.mark.parametrize("kind", ["model", "staged"])
+def test_a_draft_without_finite_logits_ends_its_own_proposal_alone_and_leaves_no_trace(
+    kind: str, tmp_path: Path
+) -> None:
+    """Its prompt has a token whose embedding is not a number. Others go on, one of them in its blocks."""
+    bad, engine = 7, load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    with torch.inference_mode():
+        engine.runner.model.module.get_input_embeddings().weight[bad] = torch.nan
+
+    def core_of() -> DraftCore:
+        blocks = BlockManager(8, engine.block_size)
+        drafter: Drafter = ModelDrafter(PagedDraftModel(engine, Sampler()), blocks, prefill_budget=32)
+        if kind == "staged":
+            model = PagedTargetModel(engine, DraftVerifier())
+            drafter = StagedDrafter(NgramDrafter(), model, blocks, num_draft_tokens=2)
+        return DraftCore(drafter, max_sequences=8, max_sequence_len=100, max_draft_tokens=4)
+
+    def run(core: DraftCore, **prompts: tuple[int, ...]) -> list[tuple[int, ...]]:
+        items = [(open_item(n, p, max_new_tokens=20), propose(n, len(p), (), 3)) for n, p in prompts.items()]
+        results = core.handle(1, [item for pair in items for item in pair])
+        while core.has_work:
+            results += core.step()
+            core.check_integrity()
+        drafted = {r.identity.session_id: r.proposal.token_ids for _, r in results if isinstance(r, Proposed)}
+        return [drafted[name] for name in prompts]
+
+    (alone,) = run(core_of(), alone=(5, 6, 8))
+    core = core_of()
+    assert run(core, other=(5, 6, 8), broken=(5, bad, *range(10, 50))) == [alone, ()]
+    core.handle(1, [close("broken"), close("other")])
+    for n in range(5):
+        assert run(core, **{f"later{n}": (5, 6, 8)}) == [alone]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(top_p=0.0), SamplingParams(min_p=2.0), SamplingParams(logit_bias=((3, inf),))], ids=str
+)
+def test_sampling_without_a_distribution_ends_nobody_else(sampling: SamplingParams, tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    model, blocks = PagedTargetModel(engine, Verifier()), BlockManager(8, engine.block_size)
+    core = TargetCore(model, blocks, max_sequences=8, max_sequence_len=100, max_draft_tokens=4)
+    bad = open_item("bad", (5, 6, 7), sampling=sampling, max_new_tokens=5)
+    good = open_item("good", (5, 6, 8), max_new_tokens=5)
+    results = core.handle(1, [good, decode("good", 3, 2), bad, decode("bad", 3, 2)])
+    while core.has_work:
+        results += core.step()
+    assert [type(r) for _, r in results if r.identity.session_id == "bad"] == [Refused, Refused]
+    assert [type(r) for _, r in results if r.identity.session_id == "good"] == [Tokens, Tokens]

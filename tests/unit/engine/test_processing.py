@@ -118,6 +118,17 @@ def test_top_p_over_a_flat_large_vocabulary_reaches_beyond_the_first_sort():
     assert torch.isfinite(process(logits, rows)).sum(dim=1).tolist() == [1500, 600]
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}])
+def test_a_row_without_numbers_leaves_the_others_as_they_are(limits):
+    """A device does not look at its rows before it works on them."""
+    rows = [Row(sequence([0], SamplingParams(**limits))) for _ in range(3)]
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    expected = process(logits, rows)
+    logits[1, 5] = torch.nan
+    scores = process(logits, rows)
+    assert torch.equal(scores[[0, 2]], expected[[0, 2]])
+
+
 def test_a_tiny_temperature_leaves_the_best_token():
     scores = process(torch.tensor([[40.0, 50.0, -3.0]]), [Row(sequence([0], SamplingParams(temperature=1e-40)))])
     assert scores.exp().tolist() == [[0.0, 1.0, 0.0]]

@@ -1,10 +1,11 @@
 """What a draft samples, and that its rows are what it sampled from."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from services.common.errors import Internal
 from services.common.values import MAX_DRAFT_ROW_LEN, SamplingParams, SparseRow, VerificationMethod
 from services.engine.noise import Purpose, gumbel_row
 from services.engine.sampler import Sampler
@@ -121,6 +122,13 @@ def test_the_probability_that_ends_a_proposal_is_that_after_processing():
     assert Sampler(0.6).sample([work(sequence([0], SamplingParams(temperature=1.0)))], logits) == [None]
 
 
-def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(Internal, match="not finite"):
-        sample([sequence([1])], torch.tensor([[0.0, float("nan")]]))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", VerificationMethod)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_end_their_own_proposal_alone(value, method, temperature):
+    params = SamplingParams(temperature=temperature, top_p=0.9, seed=3)
+    seqs = [sequence([n], params, method) for n in range(3)]
+    logits = MODEL.logits([work(seq) for seq in seqs])
+    expected = sample(seqs, logits)
+    logits[1, 5] = value
+    assert sample(seqs, logits) == [expected[0], None, expected[2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf, nan
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import Aborted, Internal, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
 from services.common.items import Refused, TargetItem, Tokens
-from services.common.values import Proposal, SparseRow
+from services.common.values import Proposal, SamplingParams, SparseRow
 from services.common.vocab import SIMULATED_EOS
 from services.engine.block_manager import BlockManager
 from services.engine.sequence_table import FENCE_TTL_NS
@@ -300,6 +301,14 @@ def test_sequence_without_budget_is_told_so() -> None:
         ([open_item(), verify("a", 3, (257,))], "proposal.token_ids", "257"),
         ([open_item(), verify("a", 3, (1,) * 9)], "proposal.token_ids", "at most 8"),
         ([open_item(), decode("a", 3, -1)], "num_free_tokens", "below 0"),
+        ([replace(open_item(), num_top_log_probs=21)], "num_top_log_probs", "[0, 20]"),
+        ([open_item(sampling=SamplingParams(temperature=nan))], "sampling.temperature", "[0, 100]"),
+        ([open_item(sampling=SamplingParams(top_p=0.0))], "sampling.top_p", "(0, 1]"),
+        ([open_item(sampling=SamplingParams(min_p=2.0))], "sampling.min_p", "[0, 1]"),
+        ([open_item(sampling=SamplingParams(repetition_penalty=nan))], "sampling.repetition_penalty", "(0, 10]"),
+        ([open_item(sampling=SamplingParams(presence_penalty=inf))], "sampling.presence_penalty", "[-2, 2]"),
+        ([open_item(sampling=SamplingParams(frequency_penalty=-inf))], "sampling.frequency_penalty", "[-2, 2]"),
+        ([open_item(sampling=SamplingParams(logit_bias=((3, inf),)))], "sampling.logit_bias[3]", "[-100, 100]"),
     ],
 )
 def test_bad_input_is_refused_naming_field_and_limit(items: list[TargetItem], field: str, limit: str) -> None:

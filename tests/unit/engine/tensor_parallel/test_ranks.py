@@ -7,21 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from services.common.errors import WorkerFailed
+from services.common.errors import Internal, WorkerFailed
 from services.common.failure import Failure
 from services.engine.model_runner import ModelRunner
 from services.engine.models import load_model
-from services.engine.paged_model import EngineOptions, load_engine, spec_of
+from services.engine.paged_model import EngineOptions, PagedTargetModel, load_engine, spec_of
 from services.engine.progress import Reporter
 from services.engine.step import Work
 from services.engine.tensor_parallel import ranks
-from services.engine.tensor_parallel.leading_runner import LeadingRunner
+from services.engine.tensor_parallel.leading_runner import LeadingRunner, obey
 from services.engine.tensor_parallel.message import Ints, unpack
+from services.engine.verifier import Verifier
 from tests.tiny_models import save_model
 from tests.unit.engine.tensor_parallel.test_message import work
 
@@ -105,6 +107,27 @@ def test_the_leader_computes_what_it_sends(tmp_path: Path) -> None:
     (message,) = followers.messages
     assert torch.equal(runner.forward(unpack(message)), logits)
     assert logits.shape == (4, 320)
+
+
+def test_a_sequence_without_finite_logits_leaves_no_trace_on_any_rank(tmp_path: Path) -> None:
+    class Follower:
+        """Another rank with a model of its own, whole."""
+
+        runner = tiny_runner(tmp_path)
+
+        def send(self, message: Ints) -> None:
+            obey(self.runner, message)
+
+    loaded = load_engine(EngineOptions(str(tmp_path), tmp_path, num_blocks=32), QUIET)
+    follower, bad = Follower(), work(9, 0, num_rows=1)
+    engine = replace(loaded, runner=LeadingRunner(loaded.runner, follower), ranks=follower)
+    for runner in (loaded.runner, follower.runner):
+        with torch.inference_mode():
+            runner.model.module.get_input_embeddings().weight[bad.sequence.tokens[2]] = torch.nan
+    with pytest.raises(Internal, match="not finite"):
+        PagedTargetModel(engine, Verifier()).step([bad])
+    for runner in (loaded.runner, follower.runner):
+        assert runner.pool.is_finite(range(runner.pool.num_blocks))
 
 
 def test_no_step_is_sent_for_no_work(tmp_path: Path) -> None:
