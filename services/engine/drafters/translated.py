@@ -79,6 +79,11 @@ class _OwnDraft(Draft):
             self.sequence.tokens.append(own_id)
         self.num_missing_tokens = self.outer.num_missing_tokens
 
+    def end(self) -> None:
+        """What the model has no more to say for, the outer draft gets no more tokens of."""
+        Draft.end(self)  # super() without arguments knows the class without slots
+        self.outer.end()
+
     def _add_own(self, own_id: int) -> None:
         self.sequence.tokens.append(own_id)
         self.num_missing_tokens -= 1
@@ -98,7 +103,6 @@ class _OwnDraft(Draft):
             if self.outer.num_missing_tokens:
                 self.outer.add(token_id)
                 self.num_proposed += 1
-        self.outer.end()
         self.end()
 
     def take_commits(self) -> int:

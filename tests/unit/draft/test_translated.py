@@ -190,6 +190,29 @@ def test_an_end_of_sequence_is_proposed_as_the_targets() -> None:
         assert answers[-1][1].proposal.token_ids == (0,)
 
 
+@pytest.mark.parametrize("by_text", [True, False])
+def test_without_finite_logits_a_proposal_ends_and_the_others_go_on(by_text: bool) -> None:
+    """A letter's embedding in the draft is not a number."""
+    _, draft, pair = letters()
+    (bad,), prefix = pair.target.encode("q"), tuple(pair.target.encode("sing"))
+    with torch.no_grad():
+        draft.get_input_embeddings().weight[pair.draft_id_of[bad]] = torch.nan
+    core = draft_core(translated_drafter(draft, pair, by_text), 8, 128)
+
+    def run(name: str, prefix: tuple[int, ...]) -> tuple[int, ...]:
+        answers = core.handle(1, [open_item(name, prefix), propose(name, len(prefix), (), 3)])
+        while core.has_work:
+            answers += core.step()
+            core.check_integrity()
+        assert [type(result) for _, result in answers] == [Opened, Proposed]
+        return answers[-1][1].proposal.token_ids
+
+    alone = run("alone", prefix)
+    assert len(alone) == 3
+    assert run("broken", (*prefix, bad)) == ()
+    assert run("other", prefix) == alone
+
+
 def test_acceptance_at_start_is_logged_once(caplog) -> None:
     target, draft, pair = letters()
     cores = target_core(target, Verifier(), 64, 128), draft_core(translated_drafter(draft, pair), 64, 128)
