@@ -98,7 +98,7 @@ def _paged_logits(model: CausalModel, texts: list[list[int]], block_size: int) -
     counts = [-(-len(text) // block_size) for text in texts]
     runner = make_runner(model, 1 + sum(counts), block_size, max_graph_tokens=sum(LENGTHS))
     sequences = [_open(text[:1]) for text in texts]
-    # Tables that are neither ascending nor contiguous: block 0 stays padding, the sequences' blocks alternate.
+    # Tables that are neither ascending nor contiguous: block 0 stays free, the sequences' blocks alternate.
     free = list(range(sum(counts), 0, -1))
     for index in range(max(counts)):
         for sequence, count in zip(sequences, counts, strict=True):

@@ -7,7 +7,9 @@ members stays small: one row beside a chunk of prefill, or a short context besid
 
     tokens of the step      [ w0 | w1     | w2 | ...        ]    laid end to end, as the model sees them
     query rows of a group   [ w0 . . | w2 . . | ...         ]    (batch, max_rows), padding rows repeat the first token
-    blocks of a group       [ b b b 0 | b b b b | ...       ]    (batch, max_blocks), padding is block 0, always masked
+    blocks of a group       [ b b c c | b b b b | ...       ]    (batch, max_blocks), padding repeats the last, masked
+
+Masking hides numbers only: NaN from a padding block would show. So it is one of the sequence's own.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class AttentionGroup:
     row_positions: torch.Tensor
     """(batch, max_rows): absolute position of each query row; padding is at 0, where something is always visible."""
     blocks: torch.Tensor
-    """(batch, max_blocks): the block tables, padded with block 0."""
+    """(batch, max_blocks): the block tables, padded with the last block of each."""
     first_block: int | None = None
     """Of a single sequence whose blocks follow each other in the pool, the first: nothing needs to be gathered."""
 
@@ -162,7 +164,8 @@ def _padded_work(rows: Ints, blocks: Ints) -> Ints:
 
 def _padded_blocks(works: list[Work], block_size: int) -> Ints:
     counts = [-(-(work.sequence.num_cached + work.num_computed_tokens) // block_size) for work in works]
-    blocks: Ints = np.zeros((len(works), max(counts)), dtype=np.int64)
+    blocks: Ints = np.empty((len(works), max(counts)), dtype=np.int64)
     for row, work, count in zip(blocks, works, counts, strict=True):
         row[:count] = work.sequence.block_table[:count]
+        row[count:] = row[count - 1]
     return blocks

@@ -33,6 +33,7 @@ from services.engine.progress import Reporter
 from services.engine.sampler import Sampler
 from services.engine.sequence import Sequence
 from services.engine.step import Sampled, Verdict, Work
+from services.engine.step_layout import build_layout
 from services.engine.verifier import Verifier
 from services.target.core import TargetCore
 from tests.tiny_models import save_model
@@ -269,6 +270,24 @@ def test_a_sequence_without_finite_logits_ends_alone_and_leaves_no_trace(tmp_pat
     run(core, **{f"later{n}": (5, 6, 8) for n in range(4)})
     assert all(tokens(f"later{n}") == tokens("alone") for n in range(4))
     assert engine.runner.pool.is_finite(range(engine.num_blocks))
+
+
+def test_a_shorter_sequence_beside_one_without_finite_logits_goes_on(tmp_path: Path) -> None:
+    """The broken one has the pool's first block, and one block more than the other."""
+    bad, engine = 7, load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=16), QUIET)
+    with torch.inference_mode():
+        engine.runner.model.module.get_input_embeddings().weight[bad] = torch.nan
+    blocks, model = BlockManager(16, engine.block_size), PagedTargetModel(engine, Verifier())
+    broken, other = open_sequence([5, bad, *range(10, 89)]), open_sequence(list(range(30, 110)))
+    works = [Work(sequence, len(sequence), None, 1) for sequence in (broken, other)]
+    for sequence in (broken, other):
+        blocks.extend(sequence, len(sequence))
+    assert (len(broken.block_table), len(other.block_table), broken.block_table[0]) == (6, 5, 0)
+    (group,) = build_layout(works, engine.block_size, torch.device("cpu")).groups
+    assert group.batch == 2
+    error, verdict = model.step(works)
+    assert isinstance(error, Internal)
+    assert isinstance(verdict, Verdict)
 
 
 def test_a_fault_in_blocks_that_others_read_ends_them_all(tmp_path: Path) -> None:

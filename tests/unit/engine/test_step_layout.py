@@ -44,11 +44,11 @@ def test_equal_rows_need_no_rearranging() -> None:
     assert step.output_rows is None
 
 
-def test_padding_rows_are_at_position_zero_and_padding_blocks_are_block_zero() -> None:
+def test_padding_rows_are_at_position_zero_and_padding_blocks_are_the_sequences_own() -> None:
     long, other, short = sequence([1] * 6, 4, [3, 9]), sequence([1] * 6, 4, [5, 6]), sequence([2], 0, [8])
     (group,) = layout([Work(long, 2, None, 1), Work(other, 2, None, 1), Work(short, 1, None, 1)]).groups
     assert group.row_positions.tolist() == [[4, 5], [4, 5], [0, 0]]
-    assert group.blocks.tolist() == [[3, 9], [5, 6], [8, 0]]
+    assert group.blocks.tolist() == [[3, 9], [5, 6], [8, 8]]
 
 
 def test_every_token_is_found_again_behind_the_groups() -> None:
