@@ -98,10 +98,11 @@ class PagedEngine:
     """The processes of the other ranks, if there are any."""
 
     def clear(self) -> None:
-        """Zeroes the pool, on every rank."""
+        """Zeroes the whole pool, spare blocks included, on every rank."""
         if self.ranks is not None:
             self.ranks.send(pack([]))
-        self.runner.pool.clear(range(self.num_blocks))
+        pool = self.runner.pool
+        pool.clear(range(pool.num_blocks))
 
     def close(self) -> None:
         """Ends the other ranks. The engine is not to be used afterwards."""

@@ -16,6 +16,7 @@ from services.common.items import Identity, Open, Proposed, Refused, TargetItem,
 from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
+from services.engine.cuda.runner import TileRunner
 from services.engine.draft_verifier import DraftVerifier
 from services.engine.drafters.base import Drafter
 from services.engine.drafters.model import ModelDrafter
@@ -37,6 +38,7 @@ from services.engine.step_layout import build_layout
 from services.engine.verifier import Verifier
 from services.target.core import TargetCore
 from tests.tiny_models import save_model
+from tests.unit.engine.cuda.plain_kernels import PlainKernels
 from tests.unit.item_builders import close, decode, identity, open_item, propose, verify
 
 QUIET = Reporter(quiet=True)
@@ -303,6 +305,15 @@ def test_a_fault_in_blocks_that_others_read_ends_them_all(tmp_path: Path) -> Non
     with pytest.raises(Internal, match="not finite"):
         model.step([Work(sequence, 7, None, 1)])
     assert engine.runner.pool.is_finite(range(engine.num_blocks))
+
+
+def test_clearing_reaches_the_spare_block_of_a_runner_in_tiles(tmp_path: Path) -> None:
+    engine = load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=8), QUIET)
+    runner = TileRunner(engine.runner.model, 8, engine.block_size, PlainKernels())
+    assert runner.pool.num_blocks > engine.num_blocks
+    runner.pool.layer(0)[1].fill_(torch.nan)
+    replace(engine, runner=runner).clear()
+    assert runner.pool.is_finite(range(runner.pool.num_blocks))
 
 
 @pytest.mark.parametrize("kind", ["model", "staged"])
