@@ -83,10 +83,11 @@ class KvPool:
         for pool in (*self._keys, *self._values):
             pool.index_fill_(0, indices, 0.0)
 
-    def is_finite(self, blocks: Iterable[int]) -> bool:
-        """Whether whole blocks hold nothing but numbers, in all layers."""
+    def is_finite(self, blocks: Iterable[int], first_layer: int = 0) -> bool:
+        """Whether whole blocks hold nothing but numbers, in all layers from `first_layer` on; -1 is the last."""
         indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
-        return all(bool(torch.isfinite(pool.index_select(0, indices)).all()) for pool in (*self._keys, *self._values))
+        pools = (*self._keys[first_layer:], *self._values[first_layer:])
+        return all(bool(torch.isfinite(pool.index_select(0, indices)).all()) for pool in pools)
 
 
 def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:

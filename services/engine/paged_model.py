@@ -17,6 +17,7 @@ from services.common.errors import ConfigError, ModelUnsupported, OutriderError,
 from services.common.failure import Failure
 from services.common.values import ModelInfo
 from services.engine import digest, quantisation
+from services.engine.chunk_check import chunk_errors
 from services.engine.logits_check import nonfinite_errors, nonfinite_rows
 from services.engine.models import load_config, torch_device, torch_dtype
 from services.engine.prepare import display_name, resolve_model
@@ -226,6 +227,8 @@ class PagedTargetModel(TargetModel):
         """Raises the error of a sequence whose blocks cannot be cleared without others noticing."""
         logits = self._engine.runner.forward(works)
         verdicts = self._verifier.verify(works, logits)
+        for index, error in chunk_errors(works, self._engine.runner.pool).items():
+            verdicts[index] = error
         for work, verdict in zip(works, verdicts, strict=True):
             if isinstance(verdict, OutriderError):
                 self._clear(work, verdict)
@@ -287,21 +290,22 @@ class PagedDraftModel(DraftModel):
 
 
 def clear_faults(engine: PagedEngine, works: list[Work], logits: torch.Tensor, sampled: list[Sampled | None]) -> None:
-    """Zeroes what is not finite in the blocks of sequences without finite logits, whose proposals have ended.
+    """Zeroes what is not finite in the blocks of sequences whose logits or prefill chunks are not.
 
     Masked slots of a block that is used again must hold numbers; what else becomes of these sequences' cache, and of
     whose they share it with, costs acceptance alone. With several ranks all sequences must end: raises the error.
     """
-    asking = [work for work in works if work.num_rows]
-    tokens = [token for work, token in zip(works, sampled, strict=True) if work.num_rows]
-    ended = np.flatnonzero([token is None for token in tokens])
-    if not len(ended):
-        return
-    (flags,) = to_host([nonfinite_rows(logits[to_device(ended, logits.device)])])
     pool = engine.runner.pool
-    for index, error in nonfinite_errors([asking[i] for i in ended], flags).items():
+    errors = chunk_errors(works, pool)
+    asking = [index for index, work in enumerate(works) if work.num_rows]
+    rows = [row for row, index in enumerate(asking) if sampled[index] is None]
+    if rows:
+        (flags,) = to_host([nonfinite_rows(logits[to_device(np.array(rows), logits.device)])])
+        found = nonfinite_errors([works[asking[row]] for row in rows], flags)
+        errors |= {asking[rows[number]]: error for number, error in found.items()}
+    for index, error in errors.items():
         if engine.ranks is not None:
             engine.clear()
             raise error
-        log.warning("%s; its proposals are empty", error)
-        pool.clear(block for block in asking[ended[index]].sequence.block_table if not pool.is_finite([block]))
+        log.warning("%s; its proposals will be poor or empty", error)
+        pool.clear(block for block in works[index].sequence.block_table if not pool.is_finite([block]))

@@ -68,9 +68,9 @@ class TargetModel(Protocol):
     """Computes a step of the target. Called by the engine thread only.
 
     `step` writes keys and values of every computed token into the blocks of its sequence and returns one entry a Work,
-    in order: a Verdict where num_rows > 0, else None; an error where that sequence alone has none and must end without
-    its cache being shared. It changes no Sequence: the core appends tokens, sets num_cached
-    and truncates. The cost may depend on the batch; the tokens must not (floating point apart).
+    in order: a Verdict where num_rows > 0, else None; an error where that sequence alone has none, or its prefill
+    failed, and must end without its cache being shared. It changes no Sequence: the core appends tokens, sets
+    num_cached and truncates. The cost may depend on the batch; the tokens must not (floating point apart).
     """
 
     @property

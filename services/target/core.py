@@ -32,18 +32,22 @@ Results = list[tuple[int, TargetResult]]
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """An open sequence. `pending` is what it works on; `num_free_tokens` are left of a Decode."""
+    """An open sequence. `pending` is what it works on; `num_free_tokens` are left of a Decode.
+
+    `fault` ended it while nobody waited for an answer: it holds no blocks and computes nothing; its next item is told.
+    """
 
     sequence: Sequence
     connection: int
     rhythm: Rhythm = field(default_factory=Rhythm)
     pending: Pending[Verify] | Pending[Decode] | None = None
     num_free_tokens: int = 0
+    fault: OutriderError | None = None
 
     @property
     def demand(self) -> Demand:
         if self.pending is None:
-            return Demand(self.sequence)
+            return Demand(self.sequence, deferred=self.fault is not None)
         item = self.pending.item
         proposal = item.proposal if isinstance(item, Verify) and item.proposal.token_ids else None
         return Demand(self.sequence, awaited=True, wants_row=True, proposal=proposal)
@@ -212,7 +216,7 @@ class TargetCore:
         ready, num_prefill_tokens = Ready(), 0
         for slot in self._table.slots:
             if slot.pending is None:
-                num_prefill_tokens += max(0, slot.sequence.num_uncached_tokens - 1)
+                num_prefill_tokens += max(0, slot.sequence.num_uncached_tokens - 1) if slot.fault is None else 0
                 continue
             demand = slot.demand
             if not demand.is_row:
@@ -278,6 +282,9 @@ class TargetCore:
 
     def _find_idle(self, connection: int, identity: Identity) -> _Slot:
         slot = self._table.find(identity, connection)
+        if slot.fault is not None:
+            self._end(slot)
+            raise slot.fault
         if slot.pending is not None:
             raise Aborted("SESSION_BUSY", "the sequence's last item is still in progress")
         check_base_len(identity, len(slot.sequence))
@@ -322,7 +329,11 @@ class TargetCore:
     def _settle(self, slot: _Slot, work: Work, verdict: Verdict | OutriderError | None, step: _Step) -> Results:
         """Takes a work's outcome into the sequence, and answers its item."""
         if isinstance(verdict, OutriderError):
-            return self._end(slot, verdict, keeps_cache=False)
+            if slot.pending is not None:
+                return self._end(slot, verdict, keeps_cache=False)
+            slot.fault = verdict
+            self._blocks.free(slot.sequence)
+            return []
         if slot.pending is not None:
             slot.pending.add_step(step.started_ns, step.ended_ns)
         if verdict is None:

@@ -109,6 +109,22 @@ class FailingTarget(SimulatedTarget):
         return [Internal("DEFECT", "not finite")] * len(works) if self.fails else super().step(works)
 
 
+def test_a_prefill_that_failed_while_nobody_waited_is_told_to_the_next_item() -> None:
+    blocks = BlockManager(64, 4)
+    model = FailingTarget(blocks)
+    core = TargetCore(model, blocks, max_sequences=8, max_sequence_len=200, max_draft_tokens=8, clock=ManualClock())
+    model.fails = True
+    prefix = tuple(range(1, 21))
+    assert run(core, open_item(prefix=prefix)) == []
+    assert blocks.num_free_blocks == 64
+    model.fails = False
+    assert error_of(run(core, verify("a", 20, (1,)))).reason == "DEFECT"
+    assert error_of(run(core, verify("a", 20, (1,)))).reason == "UNKNOWN_SEQUENCE"
+    (result,) = run(core, open_item(prefix=prefix, attempt=2), decode("a", 20, 1, attempt=2))
+    assert tokens_of(result).token_ids == simulated_continuation(prefix, 1)
+    assert core.prefix_cache_stats.num_hit_tokens == 0
+
+
 def test_nothing_that_was_not_shared_before_is_shared_by_a_sequence_that_failed() -> None:
     blocks = BlockManager(64, 4)
     model = FailingTarget(blocks)
