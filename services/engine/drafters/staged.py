@@ -147,10 +147,11 @@ class StagedDrafter:
         for draft, work, verdict in zip(taking_part, works, verdicts, strict=True):
             if isinstance(verdict, Verdict):
                 self._take(draft, verdict)
-            else:
+            elif work.num_rows:  # an error: what others do not read has been cleared, and is computed again
+                draft.end()
+                self._blocks.truncate(draft.sequence, draft.sequence.num_shared_blocks * self._blocks.block_size)
+            else:  # even after an error, or a fault that stays would be computed for ever
                 draft.sequence.num_cached += work.num_new_tokens
-                if work.num_rows:  # an error: what it wrote has been cleared
-                    draft.end()
             self._blocks.share(draft.sequence)
         return taking_part
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import Internal
+from services.common.errors import Internal, OutriderError
 from services.common.items import DraftItem, Opened, Proposed
 from services.draft.core import DraftCore
 from services.engine.block_manager import BlockManager
@@ -17,6 +19,7 @@ from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.staged import StagedDrafter
 from services.engine.drafters.suffix import SuffixDrafter, SuffixPolicy
 from services.engine.scheduler import MAX_ROUND_LEN
+from services.engine.step import Verdict, Work
 from tests.unit.draft.hash_models import HashDraft, HashVerifier, drafted_continuation
 from tests.unit.item_builders import ManualClock, close, open_item, propose
 
@@ -192,6 +195,33 @@ def test_both_pools_are_free_when_the_sequences_are_gone() -> None:
     for blocks in (staged.blocks, staged.smaller_blocks):
         assert blocks.num_used_blocks == 0
         assert len(blocks._free) == blocks.num_blocks, "nothing stays cached"
+
+
+class FailingVerifier(HashVerifier):
+    """Fails where it has a row, once `fails` is set, and clears what the sequence does not share."""
+
+    fails = False
+
+    def step(self, works: list[Work]) -> list[Verdict | OutriderError | None]:
+        verdicts = super().step(works)
+        if not self.fails:
+            return verdicts
+        for work in [work for work in works if work.num_rows]:
+            for block in work.sequence.block_table[work.sequence.num_shared_blocks :]:
+                self._cache._states[block * 4 : block * 4 + 4] = array("Q", bytes(32))
+        return [Internal("DEFECT", "not finite") if work.num_rows else None for work in works]
+
+
+def test_what_a_failed_row_of_the_staged_model_cleared_is_computed_again_before_it_is_shared() -> None:
+    staged = Staged("good")
+    staged.drafter._model = model = FailingVerifier(staged.blocks)
+    prefix, model.fails = tuple(range(1, 14)), True
+    assert staged.run(open_item(prefix=prefix), propose("a", 13, (), 4)) == [()]
+    model.fails = False
+    assert staged.run(propose("a", 13, (), 4)) == [drafted_continuation(prefix, 4)]
+    longer = (*prefix, 5)
+    assert staged.run(open_item("b", longer), propose("b", 14, (), 4)) == [drafted_continuation(longer, 4)]
+    assert staged.blocks.prefix_cache_stats.num_hit_tokens == 12
 
 
 ROUNDS = st.lists(
