@@ -7,6 +7,7 @@ dim), so that one block is one contiguous piece and a gather of blocks copies lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -87,7 +88,12 @@ class KvPool:
         """Whether whole blocks hold nothing but numbers, in all layers from `first_layer` on; -1 is the last."""
         indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
         pools = (*self._keys[first_layer:], *self._values[first_layer:])
-        return all(bool(torch.isfinite(pool.index_select(0, indices)).all()) for pool in pools)
+        return all(_is_finite(pool.index_select(0, indices)) for pool in pools)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """A finite sum has finite terms, and is cheaper than a look at each; numbers may yet add up to infinity."""
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def _slots_of(pools: list[torch.Tensor]) -> list[torch.Tensor]:

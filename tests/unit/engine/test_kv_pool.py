@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from services.engine.kv_pool import KvPool, LayerShape, block_bytes
@@ -22,3 +23,14 @@ def test_blocks_are_gathered_in_the_order_of_the_table() -> None:
 
 def test_a_block_takes_keys_and_values_of_every_layer() -> None:
     assert block_bytes(SHAPES, 16, torch.bfloat16) == (2 * 16 + 20) * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "finite"), [(3e38, True), (torch.inf, False), (-torch.inf, False), (torch.nan, False)]
+)
+def test_blocks_are_finite_whose_values_are_whatever_they_add_up_to(number: float, finite: bool) -> None:
+    pool = KvPool(SHAPES, 4, 2, torch.float32, torch.device("cpu"))
+    pool.layer(0)[1][2] = number
+    assert pool.is_finite([1, 2]) == finite
+    assert pool.is_finite([1, 3])
+    assert pool.is_finite([2], first_layer=-1)
