@@ -102,6 +102,8 @@ class _Patient:
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         """TLS waits half a minute for a silent server's farewell; this gives it up as connecting."""
+        if asyncio.current_task() is None:  # finalised: redis-py drops it without waiting
+            return await super().disconnect(*args, **kwargs)  # type: ignore[misc,no-any-return]
         writer = self._writer
         try:
             async with _in_time(self._connect_timeout_s, "closing"):

@@ -89,12 +89,14 @@ class RunningWorker:
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new sequences; returns whether those that are open ended within `timeout_s`."""
+        until = time.monotonic() + timeout_s
         await self.server.set_ready(False)
         try:
             await asyncio.to_thread(self.engine.drain, timeout_s)
         except TimeoutError:  # a step that does not end
             return self.engine.load.num_sequences == 0
-        return await wait_until(lambda: self.engine.load.num_sequences == 0, timeout_s, _DRAIN_INTERVAL_S)
+        left_s = until - time.monotonic()
+        return await wait_until(lambda: self.engine.load.num_sequences == 0, left_s, _DRAIN_INTERVAL_S)
 
 
 def new_instance_id() -> str:

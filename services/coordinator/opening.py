@@ -150,13 +150,17 @@ class SessionOpener:
         )
 
     async def _reserve_and_acquire(self, request: GenerationRequest, acquisition: Acquisition, max_len: int) -> int:
-        """Whichever fails, the session counts as before; it may have been done all the same, and answered too late."""
+        """Whichever fails, the session counts as before; it may have been done all the same, and answered too late.
+
+        Where somebody else took the session meanwhile, what it counts is theirs to say.
+        """
         try:
             await self._usage.reserve(request.owner_key, request.session_id, max_len)
             return await self._store.acquire(acquisition)
-        except (OutriderError, RecordMoved):
-            held = None if acquisition.expected_epoch is None else acquisition.expected_len
-            self._usage.note(request.owner_key, request.session_id, held)
+        except OutriderError as error:
+            if error.reason != "SESSION_BUSY":
+                held = None if acquisition.expected_epoch is None else acquisition.expected_len
+                self._usage.note(request.owner_key, request.session_id, held)
             raise
 
     async def _resume(

@@ -215,7 +215,12 @@ class Quotas:
         """Raises as `generation` where the fleet as a whole has used as much as may be."""
         if fleet := await self._ledger.enter(usage.tokens_used(owner), session_id):
             usage.tokens.catch_up(fleet.spent)
-            self._check(usage, fleet.num_other_sessions)
+            try:
+                self._check(usage, fleet.num_other_sessions)
+            except ResourceExhausted:
+                if fleet.admitted:  # what was used here meanwhile is too much
+                    usage.left(session_id)
+                raise
 
     def _check(self, usage: _Usage, num_other_sessions: int) -> None:
         tokens_per_min, max_sessions = usage.limits.tokens_per_min, usage.limits.max_sessions

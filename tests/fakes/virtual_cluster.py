@@ -301,10 +301,11 @@ class VirtualCluster:
         loop = asyncio.get_running_loop()
         ended: list[Counted] = []
         all_begun: list[Counted] = []
+        measured = asyncio.Event()
 
         async def place(index: int) -> None:
             num_tokens = max(1, round((index + 1) / num_places * output_len))
-            while True:
+            while not measured.is_set():
                 generation = self.generation(len(all_begun), num_tokens, num_draft_tokens, prompt_len)
                 all_begun.append(generation)
                 await generation.start()
@@ -316,14 +317,14 @@ class VirtualCluster:
         before, started_s = self._num_tokens(all_begun), loop.time()
         await wait_until(lambda: len(ended) >= num_requests * num_places, FOREVER_S)
         took_s, num_tokens = loop.time() - started_s, self._num_tokens(all_begun) - before
+        whole = [g for g in ended[num_places:] if g.num_tokens > 1]
         self.alphas = _alphas([generation.statistics for generation in all_begun])
-        for task in places:
-            task.cancel()
+        measured.set()
         for generation in all_begun:
             await generation.stop(None)
+        await asyncio.gather(*places)
         await self._committer.aclose()
         firsts = [g.first_s - g.began_s for g in all_begun if g.first_s >= started_s]
-        whole = [g for g in ended[num_places:] if g.num_tokens > 1]
         return Served(
             num_tokens / took_s,
             1e3 * sum(firsts) / len(firsts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 from redis import Redis
 
 from services.common import rpc
-from services.common.errors import InvalidArgument, Unavailable
+from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
 from services.common.session_store import Acquisition, SessionStore
 from services.common.session_usage import SessionUsage
@@ -22,7 +23,7 @@ from services.coordinator import admission
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import running_coordinator
 from services.target.server import running_target
-from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
+from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, coordinating
 
 SAMPLED = sampling_pb2.SamplingParams(temperature=1.0, seed=7)
 
@@ -271,3 +272,37 @@ async def test_a_turn_whose_opening_fails_holds_nothing_of_its_clients_tokens(
             with pytest.raises(Unavailable):
                 await cluster.generate(**request, max_tokens=150)
             assert await wait_until(lambda: num_held() == stored, 2)
+
+
+async def test_who_is_late_for_a_session_leaves_what_its_new_owner_holds(
+    start_cluster: StartCluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, request = SessionStore.acquire, new_request(max_tokens=150)
+    async with start_cluster(max_client_tokens=400, target=replace(TARGET, simulated_step_ms=50.0)) as cluster:
+        targets = f"127.0.0.1:{cluster.target.port}"
+        config = CoordinatorConfig(
+            port=0, redis_url=redis_url, tokenizer="simulated", targets=targets, max_client_tokens=400
+        )
+        async with coordinating(config) as (_, other), contextlib.AsyncExitStack() as stack:
+
+            async def overtaken(store: SessionStore, acquisition: Acquisition) -> int:
+                monkeypatch.undo()
+                winner = other.Generate(pb.GenerateRequest(**{**request, "request_id": str(uuid.uuid4())}))
+                stack.callback(winner.cancel)
+                await winner.read()
+                return await honest(store, acquisition)
+
+            monkeypatch.setattr(SessionStore, "acquire", overtaken)
+            with pytest.raises(Aborted) as caught:
+                await cluster.generate(**request)
+            assert caught.value.reason == "SESSION_BUSY"
+            later = new_request(max_tokens=5)
+            await cluster.generate(**later)
+            await cluster.stub.CloseSession(pb.CloseSessionRequest(session_id=later["session_id"]))
+            with Redis.from_url(redis_url) as redis:
+
+                def num_held() -> int:
+                    return int(redis.get("outrider:usage:{anonymous}:total") or 0)
+
+                assert await wait_until(lambda: num_held() <= 152, 5)  # all is written that was noted before
+                assert num_held() == 152

@@ -15,7 +15,7 @@ from redis import Redis
 from services.common import redis_client
 from services.common.api_keys import KeyOwner, Limits
 from services.common.errors import ResourceExhausted
-from services.common.quota_ledger import QuotaLedger, Use
+from services.common.quota_ledger import Answer, QuotaLedger, Use
 from services.common.service import wait_until
 from services.coordinator.quotas import Quotas
 from tests.fakes import redis_process
@@ -248,3 +248,21 @@ async def test_a_session_whose_client_left_while_it_was_entered_is_given_back(
             await asyncio.wait([entering])
         await first.report()
         assert await admitted(second, owner, "b")
+
+
+async def test_a_session_that_the_fleet_admits_and_its_coordinator_refuses_is_given_back(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, enter = KeyOwner("ann", Limits(tokens_per_min=60, max_sessions=2)), QuotaLedger.enter
+    async with fleet(redis_url) as (first, second), first.generation(owner, "a") as count_tokens:
+
+        async def overtaken(ledger: QuotaLedger, use: Use, session_id: str) -> Answer | None:
+            answer = await enter(ledger, use, session_id)
+            count_tokens(90)
+            return answer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(QuotaLedger, "enter", overtaken)
+            assert not await admitted(first, owner, "b")
+        await first.report()
+        assert await admitted(second, KeyOwner("ann", Limits(max_sessions=2)), "c")
