@@ -171,9 +171,11 @@ def check(
     max_tokens: int,
     num_threads: int,
     dtype: str = "float32",
+    draft: str = "",
 ) -> list[Outcome]:
     """Runs every case on clusters started for it; greedy float32 against transformers, the rest against plain decoding.
 
+    `draft` is that of drafters that need one; empty: a small random one, of which next to nothing is accepted.
     Raises AssertionError if the service tokenizes a prompt otherwise than transformers.
     """
     reference = Reference(model, num_threads)
@@ -190,8 +192,8 @@ def check(
         bar = progress.add_task("cases", total=len(cases))
         plain: dict[float, list[tuple[int, ...]]] = {0.0: greedy} if greedy else {}
         for drafter in dict.fromkeys(case.drafter for case in cases):
-            draft = str(random_draft(model, Path(folder))) if needs_model(parse_chain(drafter)) else ""
-            spec = ClusterSpec(target=str(model), draft=draft, drafter=drafter, dtype=dtype, threads=num_threads)
+            drafts = (draft or str(random_draft(model, Path(folder)))) if needs_model(parse_chain(drafter)) else ""
+            spec = ClusterSpec(target=str(model), draft=drafts, drafter=drafter, dtype=dtype, threads=num_threads)
             with Cluster(spec) as cluster:
                 for case in (case for case in cases if case.drafter == drafter):
                     if case.temperature not in plain:
@@ -224,9 +226,8 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
 @click.option("--prompts", type=click.Path(exists=True, path_type=Path), default=PROMPTS, help="Prompt file (JSONL).")
 @click.option("--limit", default=24, help="Prompts, spread over the categories.")
 @click.option("--max-tokens", default=128, help="Tokens of each output.")
-@click.option(
-    "--drafters", default="ngram,model", help="Drafters, chains as suffix+model; models are small random ones."
-)
+@click.option("--drafters", default="ngram,model", help="Drafters, chains as suffix+model.")
+@click.option("--draft", default="", help="Of drafters that need a model, say sample-draft; empty: a small random one.")
 @click.option("--num-draft-tokens", "lengths", default="1,4,8", help="Draft lengths.")
 @click.option("--concurrency", default=8, help="Requests at once.")
 @click.option("--temperatures", default="0", help="0 is greedy; others are coupled.")
@@ -239,6 +240,7 @@ def main(
     limit: int,
     max_tokens: int,
     drafters: str,
+    draft: str,
     lengths: str,
     concurrency: int,
     temperatures: str,
@@ -250,7 +252,7 @@ def main(
     directory = Path(prepare_model(model).directory)
     chains = [chain.replace("+", ",") for chain in drafters.split(",")]
     cases = matrix(chains, map(int, lengths.split(",")), concurrency, map(float, temperatures.split(",")))
-    outcomes = check(directory, cases, read_prompts(prompts, limit), max_tokens, threads, dtype)
+    outcomes = check(directory, cases, read_prompts(prompts, limit), max_tokens, threads, dtype, draft)
     console = Console()
     show(outcomes, console)
     outputs = sum(o.num_outputs for o in outcomes)
@@ -261,7 +263,7 @@ def main(
         report = {
             "command": (
                 f"python -m tests.exact.check_exact --prompts {prompts.name} --limit {limit} --max-tokens {max_tokens} "
-                f"--drafters {drafters} --num-draft-tokens {lengths} --concurrency {concurrency} "
+                f"--drafters {drafters} --draft '{draft}' --num-draft-tokens {lengths} --concurrency {concurrency} "
                 f"--temperatures {temperatures} --dtype {dtype}"
             ),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
