@@ -22,6 +22,7 @@ from services.common.session_usage import SessionUsage
 from services.coordinator import admission
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import running_coordinator
+from services.engine import sequence_table
 from services.target.server import running_target
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, coordinating
 
@@ -144,7 +145,8 @@ async def test_a_session_that_is_being_opened_when_the_coordinator_stops_has_mov
 async def test_more_alternatives_than_the_vocabulary_has_are_repeated_as_they_were(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "MAX_TOP_LOG_PROBS", 300)
+    for module in (admission, sequence_table):
+        monkeypatch.setattr(module, "MAX_TOP_LOG_PROBS", 300)
     request = new_request(max_tokens=5, log_probs=True, num_top_log_probs=300)
     whole, again = await cluster.generate(**request), await cluster.generate(**request)
     assert [list(top.token_ids) for response in whole.responses for top in response.top_log_probs] == [
@@ -199,7 +201,8 @@ async def test_a_heartbeat_of_a_resumed_stream_counts_what_was_durable_before(st
         assert await wait_until(lambda: cluster.coordinator.coordinator.num_running == 0, 1.0)
         resume = pb.ResumePoint(num_received_tokens=num_received)
         again = cluster.stub.Generate(pb.GenerateRequest(**request, resume=resume))
-        assert (await again.read()).HasField("started")
+        while not (await again.read()).HasField("started"):
+            pass  # heartbeats while the session is opened
         heartbeat = await again.read()
         assert not heartbeat.token_ids
         assert heartbeat.durable_len >= num_received
