@@ -131,7 +131,8 @@ chart: setup ## Package the Helm chart into build/
 
 PROMPTS ?= services/cli/prompts.jsonl
 check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
-	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --json bench/results/exact.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --drafters model --draft sample-draft --json bench/results/exact-sample-draft.json
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
