@@ -104,9 +104,10 @@ class Deployment:
         assert await old.terminate() == 0
 
     async def _stop_worker(self, name: str, others: list[str]) -> None:
-        """Told to stop once the coordinators know the others of its kind, or preStop is over, which fails here."""
+        """Told to stop once the coordinators know the others of its kind, or preStop is over."""
         self._announce(name, ready=False, serving=True, terminating=True)
-        await self._known(*others, within_s=_PRE_STOP_S)
+        with contextlib.suppress(tenacity.RetryError):
+            await self._known(*others, within_s=_PRE_STOP_S)
         assert await self._parts[name].terminate() == 0
         self._api.delete(name)
 
@@ -132,18 +133,18 @@ class Deployment:
         self._api.apply(endpoint_slice(name, "127.0.0.1", service=service, ports=ports, **conditions))
 
     async def _known(self, *workers: str, within_s: float) -> None:
-        """Returns once every coordinator is connected to these workers."""
+        """Returns once every coordinator is connected to these workers. Raises tenacity.RetryError."""
         wanted = {self._parts[worker].address for worker in workers}
         until = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_delay(within_s),
             wait=tenacity.wait_fixed(_POLL_S),
             retry=tenacity.retry_if_result(lambda connected: not wanted <= connected),
         )
-        for name in self._proxies:
-            await until(self._connected, name)
+        await asyncio.gather(*(until(self._connected, name) for name in self._proxies))
 
     async def _connected(self, name: str) -> set[str]:
-        """Addresses of the workers that a coordinator is connected to; none of one that is being replaced."""
+        """Addresses of the workers that a coordinator is connected to; none where it is being replaced, or too old to
+        say."""
         async with OutriderClient(self._parts[name].address) as client:
             with contextlib.suppress(OutriderError):
                 return {worker.address for worker in (await client.get_cluster_status()).workers if worker.up}
