@@ -163,12 +163,13 @@ async def test_replacing_every_part_under_load_fails_no_request_and_changes_no_t
         deployment.version = after
         async with OutriderClient(*deployment.addresses) as client:
             load = Load(client)
-            clients = [asyncio.create_task(load.run(seed)) for seed in range(NUM_CLIENTS)]
-            await load.go_on(BEFORE)
-            for roles in order:
-                await (roll if len(roles) == 1 else roll_together)(deployment, load, *roles)
-            load.stopped = True
-            await asyncio.gather(*clients)
+            async with asyncio.TaskGroup() as clients:
+                for seed in range(NUM_CLIENTS):
+                    clients.create_task(load.run(seed))
+                await load.go_on(BEFORE)
+                for roles in order:
+                    await (roll if len(roles) == 1 else roll_together)(deployment, load, *roles)
+                load.stopped = True
             results = [served.result for served in load.served]
             undisturbed = await asyncio.gather(*[load.generate(served.seed) for served in load.served])
             records = await asyncio.gather(*[client.get_session(result.session_id) for result in results])
