@@ -134,7 +134,25 @@ CASES: dict[str, Values] = {
         GPU, {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com:6380/1"}}}
     ),
     "external Redis in a secret": merged(
-        GPU, {"redis": {"enabled": False, "external": {"existingSecret": "redis-url", "port": 6380}}}
+        GPU, {"redis": {"enabled": False, "external": {"existingSecret": "redis-url", "ports": [6380, 6381]}}}
+    ),
+    "external Redis by Sentinels": merged(
+        GPU,
+        {
+            "redis": {
+                "enabled": False,
+                "external": {
+                    "url": "rediss+sentinel://s1.example.com:26380,s2.example.com,[2001:db8::1]:26381/main/1?db=1",
+                    "ports": [6390],
+                    "caSecret": "redis-ca",
+                    "clientCertSecret": "redis-client",
+                },
+            }
+        },
+    ),
+    "external Redis with an authority": merged(
+        GPU,
+        {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com", "caSecret": "redis-ca"}}},
     ),
     "external Redis in plaintext": merged(
         SIMULATED, {"redis": {"enabled": False, "external": {"url": "redis://10.0.0.9", "insecure": True}}}
@@ -157,5 +175,7 @@ GIVEN_SECRETS = {
     "everything": {"hugging-face", "clients-ca", "api-keys", "test-key", "llm-tls", "redis-password", "registry"},
     "given certificates": {"coordinator-cert", "draft-cert", "target-cert", "redis-cert"},
     "external Redis in a secret": {"redis-url"},
+    "external Redis by Sentinels": {"redis-ca", "redis-client"},
+    "external Redis with an authority": {"redis-ca"},
 }
 """Secrets that whoever installs has made."""

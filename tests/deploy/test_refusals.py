@@ -56,6 +56,27 @@ REFUSED: list[tuple[str, Values, Values]] = [
         GPU,
         {"redis": {"enabled": False, "external": {"url": "redis+sentinel://r:26379/main"}}},
     ),
+    *(
+        (sentence, GPU, {"redis": {"enabled": False, "external": external}})
+        for sentence, external in (
+            ("redis.external.ports: the network policy cannot read the address", {"existingSecret": "r"}),
+            (
+                "redis.external.ports: the network policy cannot ask Sentinels",
+                {"url": "rediss+sentinel://s:26379/main"},
+            ),
+            ("redis.external.url: Sentinels need the name", {"url": "rediss+sentinel://s:26379", "ports": [6379]}),
+            ('redis.external.url: "r:port" is neither HOST nor HOST:PORT', {"url": "rediss://r:port/0"}),
+            ("redis.external.url: several hosts are Sentinels", {"url": "rediss://a:1,b:2/0"}),
+            (
+                "redis.external.caSecret: certificates need rediss://",
+                {"url": "redis://r", "insecure": True, "caSecret": "c"},
+            ),
+            (
+                "redis.external.clientCertSecret: redis.external.url has ssl_certfile already",
+                {"url": "rediss://r?ssl_certfile=/x", "clientCertSecret": "c"},
+            ),
+        )
+    ),
     ("name a Secret in tls.existingSecrets.coordinator", PAIR, {}),
     (
         "name a Secret in tls.existingSecrets.draft",

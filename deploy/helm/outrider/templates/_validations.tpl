@@ -130,6 +130,7 @@
 {{- if and (regexMatch "^redis(\\+sentinel)?://" .Values.redis.external.url) .Values.tls.enabled (not .Values.redis.external.insecure) -}}
   {{- fail "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext; use rediss:// or rediss+sentinel://, or set redis.external.insecure=true" -}}
 {{- end -}}
+{{- if not .Values.redis.enabled }}{{ include "outrider.validateExternalRedis" . }}{{ end -}}
 {{- end }}
 
 {{- define "outrider.validateTls" -}}
