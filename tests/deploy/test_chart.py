@@ -214,6 +214,18 @@ def test_another_model_makes_another_job() -> None:
 def test_workers_are_kept_from_the_hub_unless_told_otherwise() -> None:
     assert env_of(main_container(render(GPU), "target"))["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in env_of(main_container(render(CASES["models online"]), "target"))
+    mirrored = merged(CASES["models online"], {"models": {"hubEndpoint": "http://mirror.lan:8080"}})
+    for owner in ("target", "draft"):
+        assert env_of(main_container(render(mirrored), owner))["HF_ENDPOINT"] == "http://mirror.lan:8080"
+
+
+def test_given_accounts_are_used_and_none_is_made() -> None:
+    given = {"serviceAccount": {"create": False, "coordinatorName": "reader", "workerName": "nobody"}}
+    manifests = render(merged(GPU, given))
+    assert not of_kind(manifests, "ServiceAccount", "Role", "RoleBinding")
+    accounts = {name: pod["spec"]["serviceAccountName"] for name, pod in pods(manifests)}
+    assert accounts.pop("test-outrider-coordinator") == "reader"
+    assert set(accounts.values()) == {"nobody"}
 
 
 def test_the_redis_password_and_models_outlive_an_uninstallation() -> None:

@@ -150,6 +150,22 @@ def test_coordinators_reach_the_kubernetes_api(network: Network) -> None:
     assert not Network(render(narrow)).connects("coordinator", SOMEWHERE, 443)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://mirror.lan:8080", 8080),
+        ("https://mirror.lan:8443/hub", 8443),
+        ("https://[2001:db8::1]", 443),
+        ("http://mirror.lan", 80),
+    ],
+)
+def test_models_come_from_the_mirrors_port(endpoint: str, port: int) -> None:
+    mirrored = merged(GPU, {"models": {"hubEndpoint": endpoint}})
+    for values, role in ((mirrored, "models"), (merged(mirrored, {"models": {"offline": False}}), "target")):
+        network = Network(render(values))
+        assert [known for known in (80, 443, 8080, 8443) if network.connects(role, SOMEWHERE, known)] == [port]
+
+
 EXTERNAL_REDIS = {
     "external Redis": {6380},
     "external Redis in a secret": {6380, 6381},

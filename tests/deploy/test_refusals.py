@@ -187,6 +187,7 @@ BADLY_FORMED: list[tuple[str, Values]] = [
     ("'/coordinator/topologySpread/zone'", {"coordinator": {"topologySpread": {"zone": "Sometimes"}}}),
     ("'/redis/external/url'", {"redis": {"enabled": False, "external": {"url": "rediss://:password@redis:6379"}}}),
     ("'/pools/0/name'", {"pools": [{"name": "Upper"}]}),
+    ("'/models/hubEndpoint'", {"models": {"hubEndpoint": "mirror.lan:8080"}}),
     ("'/networkPolicy/downloadCIDRs'", {"networkPolicy": {"downloadCIDRs": []}}),
 ]
 
