@@ -72,7 +72,7 @@ EVERYTHING = merged(
             "clients": {"caSecret": "clients-ca", "dnsNames": ["llm.example.com"]},
         },
         "auth": {"apiKeysSecret": "api-keys"},
-        "test": {"apiKeySecret": "test-key"},
+        "test": {"apiKeySecret": "test-key", "apiKeySecretKey": "key.txt", "clientCertSecret": "test-cert"},
         "ingress": {"enabled": True, "className": "nginx", "host": "llm.example.com", "tlsSecret": "llm-tls"},
         "gateway": {
             "enabled": True,
@@ -101,6 +101,12 @@ CASES: dict[str, Values] = {
     "given certificates": merged(
         PAIR,
         {"tls": {"existingSecrets": {part: f"{part}-cert" for part in ("coordinator", "draft", "target", "redis")}}},
+    ),
+    "clients with certificates": merged(
+        GPU, {"tls": {"clients": {"caSecret": "clients-ca"}}, "test": {"clientCertSecret": "test-cert"}}
+    ),
+    "clients with their own certificates and keys": merged(
+        GPU, {"tls": {"clients": {"caSecret": "clients-ca"}}, "auth": {"apiKeysSecret": "api-keys"}}
     ),
     "plain decoding": merged(GPU, {"draft": {"enabled": False, "model": ""}}),
     "trained head": merged(GPU, {"draft": {"drafter": "suffix,features"}}),
@@ -172,7 +178,11 @@ CASES: dict[str, Values] = {
     ),
 }
 GIVEN_SECRETS = {
-    "everything": {"hugging-face", "clients-ca", "api-keys", "test-key", "llm-tls", "redis-password", "registry"},
+    "everything": {
+        *("hugging-face", "clients-ca", "api-keys", "test-key", "test-cert", "llm-tls", "redis-password", "registry")
+    },
+    "clients with certificates": {"clients-ca", "test-cert"},
+    "clients with their own certificates and keys": {"clients-ca", "api-keys"},
     "given certificates": {"coordinator-cert", "draft-cert", "target-cert", "redis-cert"},
     "external Redis in a secret": {"redis-url"},
     "external Redis by Sentinels": {"redis-ca", "redis-client"},

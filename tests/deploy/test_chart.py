@@ -24,7 +24,6 @@ from tests.deploy.chart import (
     env_of,
     matches,
     named,
-    notes,
     of_kind,
     pods,
     render,
@@ -296,27 +295,6 @@ def test_the_monitor_reads_every_service_once() -> None:
         and "metrics" in [p["name"] for p in service["spec"]["ports"]]
     ]
     assert sorted(read) == ["coordinator", "draft", "target"]
-
-
-@pytest.mark.parametrize("case", [SIMULATED, merged(GPU, {"target": {"gpu": {"count": 4}, "tensorParallelSize": 2}})])
-def test_the_notes_hold_commands_about_things_that_are_there(case: dict[str, Any]) -> None:
-    values = merged(case, {"tls": {"enabled": False}})
-    text, manifests = notes(values), render(values)
-    there = {(m["kind"].lower(), m["metadata"]["name"]) for m in manifests}
-    mentioned = set(re.findall(r"\b(deployment|service|secret)[/ ]([a-z0-9-]+)", text))
-    assert mentioned <= there
-    assert ("deployment", "test-outrider-coordinator") in mentioned
-    assert "helm test test --namespace llm --logs" in text
-    assert ("leaves 2 of the 4 GPUs of each target pod idle" in text) == (case is not SIMULATED)
-
-
-def test_the_test_pod_generates_on_the_installations_own_service() -> None:
-    (pod,) = of_kind(render(EVERYTHING), "Pod")
-    environ = env_of(pod["spec"]["containers"][0])
-    name, _, port = environ["OUTRIDER_ADDRESS"].partition(":")
-    assert int(port) in [p["port"] for p in named(render(EVERYTHING), "Service", name)["spec"]["ports"]]
-    assert pod["spec"]["containers"][0]["command"][:2] == ["outrider", "generate"]
-    assert "OUTRIDER_API_KEY" in environ
 
 
 def test_connections_grow_old_so_that_clients_find_new_coordinators() -> None:
