@@ -44,14 +44,14 @@ def why_no_helm() -> str:
     return ""
 
 
-def render(values: Mapping[str, Any], apis: tuple[str, ...] = APIS) -> list[Manifest]:
+def render(values: Mapping[str, Any], apis: tuple[str, ...] = APIS, release: str = RELEASE) -> list[Manifest]:
     """All manifests of an installation. Raises Refused."""
-    return [json.loads(text) for text in _render(json.dumps(values, sort_keys=True), apis)]
+    return [json.loads(text) for text in _render(json.dumps(values, sort_keys=True), apis, release)]
 
 
 @functools.cache
-def _render(values: str, apis: tuple[str, ...]) -> tuple[str, ...]:
-    output = _helm("template", values, *(f"--api-versions={api}" for api in apis))
+def _render(values: str, apis: tuple[str, ...], release: str) -> tuple[str, ...]:
+    output = _helm(values, *(f"--api-versions={api}" for api in apis), release=release)
     return tuple(json.dumps(manifest) for manifest in yaml.load_all(output, yaml.CSafeLoader) if manifest)
 
 
@@ -66,17 +66,17 @@ def _notes(values: str) -> str:
         chart = Path(shutil.copytree(CHART, Path(folder) / "chart"))
         (chart / "templates" / "notes.yaml").write_text(_NOTES)
         options = ("--show-only=templates/notes.yaml", *(f"--api-versions={api}" for api in APIS))
-        return str(yaml.safe_load(_helm("template", values, *options, chart=chart))["text"])
+        return str(yaml.safe_load(_helm(values, *options, chart=chart))["text"])
 
 
 _NOTES = 'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}\n'
 
 
-def _helm(command: str, values: str, *options: str, chart: Path = CHART) -> str:
+def _helm(values: str, *options: str, chart: Path = CHART, release: str = RELEASE) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(values)
         file.flush()
-        arguments = [command, RELEASE, str(chart), "--namespace", NAMESPACE, "--values", file.name, *options]
+        arguments = ["template", release, str(chart), "--namespace", NAMESPACE, "--values", file.name, *options]
         done = subprocess.run([program("helm"), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Refused(done.stderr)
