@@ -18,7 +18,7 @@
 {{- end }}
 
 {{- define "outrider.validatePools" -}}
-{{- $names := list -}}
+{{- $names := list -}}{{- $paths := dict -}}
 {{- range (include "outrider.pools" . | fromJson).pools -}}
   {{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
   {{- if has .name $names -}}{{- fail (printf "pools: %s is the name of several" .name) -}}{{- end -}}
@@ -30,6 +30,12 @@
   {{- include "outrider.validateGpus" (dict "where" $where "name" "target" "part" .target) -}}
   {{- include "outrider.validateGrace" (dict "where" $where "name" "target" "part" .target) -}}
   {{- include "outrider.validateSettings" (dict "where" $where "name" "target" "part" .target "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size")) -}}
+  {{- $served := include "outrider.servedName" .target -}}
+  {{- $path := include "outrider.modelPath" .target -}}
+  {{- if ne (get $paths $served | default $path) $path -}}
+    {{- fail (printf "%starget.modelName: %s is already the name of another model; choose one of its own" $where $served) -}}
+  {{- end -}}
+  {{- $_ := set $paths $served $path -}}
   {{- if .draft.enabled -}}
     {{- include "outrider.validateDraft" (dict "where" $where "part" .draft "target" .target "root" $) -}}
   {{- end -}}
