@@ -48,8 +48,8 @@ DEFINITIONS = {
     "the draft lengths as they were; without_cost at c = 0; c is a draft token's time over a plain decode step's",
     "limits": "means over rounds; speedup = tokens_per_round * plain_ms_per_token / (draft + verify + overhead) ms; "
     "extra rows free: a verify step as short as a plain decode step",
-    "peers": "transformers' generate in a process of its own on the same prompt tokens, cold as well; tokens_per_s over "
-    "the summed durations; mean_acceptance_length is tokens a forward of the target; with a failure, its reason, "
+    "peers": "transformers' generate in a process of its own on the same prompt tokens, cold as well; tokens_per_s "
+    "over the summed durations; mean_acceptance_length is tokens a forward of the target; with a failure, its reason, "
     "figures are of the requests before it",
 }
 
