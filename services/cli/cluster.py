@@ -201,7 +201,7 @@ class Cluster:
             flags = draft_flags(spec_of_it, draft, threads.draft, target.directory, tokenizer)
             self._start_service(name, flags, threads.draft)
         for name in (*self.targets, *self.drafts):
-            self._on_stage(f"loading the {name}")
+            self._on_stage(f"starting the {name}")
             self._await_ready(name, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
         targets = ",".join(self.address_of(name) for name in self.targets)
@@ -210,7 +210,7 @@ class Cluster:
         self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
 
     def _await_ready(self, name: str, timeout_s: float) -> None:
-        ready = self._processes[name].wait_ready(timeout_s)
+        ready = self._processes[name].wait_ready(timeout_s, lambda stage: self._on_stage(f"{name}: {stage}"))
         self._ports[name], self._metrics_ports[name] = ready.port, ready.metrics_port
 
     def _start_service(self, name: str, flags: list[str], threads: int) -> None:
