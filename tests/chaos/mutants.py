@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -79,7 +80,8 @@ def main(num_faults: int, seed: int, json_file: Path | None) -> None:
     Console().print(table)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        taken = dataclasses.asdict(environment([]))
+        command = shlex.join(["python", "-m", "tests.chaos.mutants", *sys.argv[1:]])
+        taken = dataclasses.asdict(environment([])) | {"command": command}
         json_file.write_text(json.dumps({"mutants": verdicts, "environment": taken}, indent=2) + "\n")
     sys.exit(not all(found["noticed"] for found in verdicts))
 
