@@ -46,7 +46,7 @@ class SessionsPlan:
     num_sessions: int = 1000
     num_seconds: float = 15.0
     num_repeats: int = 2
-    step_ms: float = 400.0
+    step_ms: float = 300.0
     token_ms: float = 5.0
 
 
