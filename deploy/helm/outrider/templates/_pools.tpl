@@ -41,6 +41,11 @@ All pools as JSON {"pools": [{name, infix, target, draft}]}: the values' own pai
 {{- .modelName | default (ternary .model "" (eq (include "outrider.isHubId" .) "true")) -}}
 {{- end }}
 
+{{/* The name by which requests choose a target: the worker itself calls a directory by its last part. */}}
+{{- define "outrider.servedName" -}}
+{{- include "outrider.modelName" . | default (base .model) -}}
+{{- end }}
+
 {{/* Whether a draft needs a model. */}}
 {{- define "outrider.draftHasModel" -}}
 {{- $last := last (splitList "," .drafter) -}}
