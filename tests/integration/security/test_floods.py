@@ -19,7 +19,8 @@ from outrider.v1 import coordinator_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.client import GenerateOptions, OutriderClient
 from services.common.errors import InvalidArgument
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits, channel_options, error_from_rpc
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits, channel_options
+from services.common.rpc_errors import error_from_rpc
 from services.common.service import wait_until
 from services.common.tls import server_credentials
 from services.common.tls_files import TlsFiles
