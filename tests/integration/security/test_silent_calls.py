@@ -67,7 +67,7 @@ UNSAID: dict[str, tuple[int, int, Callable[[int], bytes]]] = {
     "half a message's head": (2, 16, data(b"\x00\x00\x00")),
     "half a frame": (32, 1, lambda stream: data(h2.message(b"\x0a", 5))(stream)[:-2]),
 }
-"""Connections, calls on each, and what is sent behind their headers. In the middle of a frame a peer can answer no pings."""
+"""Connections, calls on each, what is sent behind their headers. Amid a frame a peer can answer no pings."""
 
 
 @pytest.mark.parametrize("name", UNSAID)
