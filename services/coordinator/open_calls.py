@@ -32,7 +32,7 @@ class OpenCalls:
 
         Raises ResourceExhausted TOO_MANY_CALLS.
         """
-        name, most = owner and owner.name, self.most(owner)
+        name, most = _name(owner), self.most(owner)
         if self._counts.get(name, 0) >= most:
             whose = "without an API key" if owner is None else "of this API key's owner"
             raise ResourceExhausted(
@@ -49,9 +49,13 @@ class OpenCalls:
         return SPARE_CALLS + (min(2 * sessions, self._max_generations) if sessions else self._max_generations)
 
     def num_open(self, owner: KeyOwner | None) -> int:
-        return self._counts.get(owner and owner.name, 0)
+        return self._counts.get(_name(owner), 0)
 
     def _leave(self, name: str | None) -> None:
         self._counts[name] -= 1
         if not self._counts[name]:
             del self._counts[name]
+
+
+def _name(owner: KeyOwner | None) -> str | None:
+    return owner.name if owner else None
