@@ -84,8 +84,7 @@ lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/buf breaking protos --against $(PREDECESSOR)
 
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
-	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
-	$(BIN)/python -m tests.distribution.check
+	$(BIN)/python -m tests.distribution.check --json bench/results/distribution.json
 
 check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
 	$(BIN)/python -m tests.mutants
@@ -97,11 +96,18 @@ fuzz-quick: setup ## The same for 30 seconds
 	@$(BIN)/python -m tests.fuzz --seconds 30
 
 CHAOS_FAULTS ?= 150
-chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
-	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
+CHAOS_JSON := $(if $(filter 150,$(CHAOS_FAULTS)),bench/results,build)/chaos.json
+chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20: build/chaos.json)
+	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json $(CHAOS_JSON) $(ARGS)
 
 chaos-quick: setup ## The same with 20 faults
 	@$(BIN)/python -m tests.chaos --faults 20
+
+chaos-sample: model ## The same with 13 faults on the sample target and the sample draft in float32 (bench/results/chaos-sample.json)
+	$(BIN)/python -m tests.chaos --models sample --json bench/results/chaos-sample.json $(ARGS)
+
+check-chaos-mutants: setup ## Defects that lose tokens, or take writes of old leases: the chaos test has to notice (bench/results/chaos-mutants.json)
+	$(BIN)/python -m tests.chaos.mutants --json bench/results/chaos-mutants.json $(ARGS)
 
 check: lint test fuzz-quick chaos-quick ## What CI runs
 
@@ -130,10 +136,11 @@ chart: setup ## Package the Helm chart into build/
 	"$$($(BIN)/python -m deploy.tools.fetch helm)" package deploy/helm/outrider --destination build
 
 PROMPTS ?= services/cli/prompts.jsonl
-check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
+check-exact: model ## Tokens against transformers' generate: every drafter and draft length; how far bfloat16 diverges (PROMPTS=file)
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --drafters model --draft sample-draft --json bench/results/exact-sample-draft.json
-	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --limit 12 --max-tokens 64 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0,0.5,1.0 --limit 8 --max-tokens 64 --num-draft-tokens 4 --dtype bfloat16 --json bench/results/exact-bfloat16.json
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
@@ -156,4 +163,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load

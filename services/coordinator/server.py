@@ -162,6 +162,7 @@ def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement
             pool.weight,
             _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC, draft_channels),
             config.propose_timeout_s,
+            pool.model,
         )
         for pool in config.draft_pools
     ]

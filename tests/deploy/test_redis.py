@@ -15,8 +15,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from tests.deploy.cases import CASES
-from tests.deploy.chart import named, render
+from services.common.redis_client import close, connect
+from tests.deploy.cases import CASES, merged
+from tests.deploy.chart import env_of, named, pods, render
 
 trustme = pytest.importorskip("trustme")
 pytestmark = [
@@ -95,6 +96,21 @@ def test_coordinators_get_in_with_the_password_and_a_certificate(scripts: Script
         assert client.set("key", "value")
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         assert client.config_get("appendonly") == {"appendonly": "yes"}
+
+
+async def test_coordinators_get_into_an_external_redis_by_the_files_that_are_mounted(scripts: Scripts) -> None:
+    files = {"caSecret": "redis-ca", "clientCertSecret": "redis-client"}
+    external = {"url": f"rediss://localhost:{scripts.port}/0", **files}
+    manifests = render(merged(CASES["gpu"], {"redis": {"enabled": False, "external": external}}))
+    (pod,) = (pod for name, pod in pods(manifests) if name == "test-outrider-coordinator")
+    url = env_of(pod["spec"]["containers"][0])["OUTRIDER_REDIS_URL"].replace("//", f"//:{PASSWORD}@")
+    for mounted in ("redis-ca", "redis-cert"):
+        url = url.replace(f"/etc/outrider/{mounted}", str(scripts.folder / "tls"))
+    client = connect(url, timeout_s=5)
+    try:
+        assert await client.ping()
+    finally:
+        await close(client)
 
 
 def test_nobody_gets_in_without_a_certificate_or_with_another_password(scripts: Scripts) -> None:

@@ -131,7 +131,7 @@ MUTANTS = (
             f"{_ENGINE}[staged-penalties-rejection]",
         ),
     ),
-    # The chaos test notices these two as well: `python -m tests.chaos --mutant NAME`.
+    # The chaos test notices these two as well: `make check-chaos-mutants`.
     Mutant(
         "emit before persist",
         (
