@@ -5,8 +5,10 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
+# 2.11.0, the oldest that is supported, comes from PyPI with CUDA's libraries alone: 4 GB.
+COMPAT_TORCH ?= 2.13.0
+COMPAT_VENV := .venv-compat-$(COMPAT_TORCH)
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 # The contract as the oldest version has it that may run beside this one; replaced when that version is given up.
 PREDECESSOR := protos/outrider-v1.binpb
@@ -144,12 +146,12 @@ check-exact: model ## Tokens against transformers' generate: every drafter and d
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==$(COMPAT_TORCH) setuptools
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
-check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
+check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
