@@ -5,8 +5,10 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
+# 2.11.0, the oldest that is supported, comes from PyPI with CUDA's libraries alone: 4 GB.
+COMPAT_TORCH ?= 2.13.0
+COMPAT_VENV := .venv-compat-$(COMPAT_TORCH)
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 # The contract as the oldest version has it that may run beside this one; replaced when that version is given up.
 PREDECESSOR := protos/outrider-v1.binpb
@@ -97,11 +99,18 @@ fuzz-quick: setup ## The same for 30 seconds
 	@$(BIN)/python -m tests.fuzz --seconds 30
 
 CHAOS_FAULTS ?= 150
-chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
-	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
+CHAOS_JSON := $(if $(filter 150,$(CHAOS_FAULTS)),bench/results,build)/chaos.json
+chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20: build/chaos.json)
+	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json $(CHAOS_JSON) $(ARGS)
 
 chaos-quick: setup ## The same with 20 faults
 	@$(BIN)/python -m tests.chaos --faults 20
+
+chaos-sample: model ## The same with 13 faults on the sample target and the sample draft in float32 (bench/results/chaos-sample.json)
+	$(BIN)/python -m tests.chaos --models sample --json bench/results/chaos-sample.json $(ARGS)
+
+check-chaos-mutants: setup ## Defects that lose tokens, or take writes of old leases: the chaos test has to notice (bench/results/chaos-mutants.json)
+	$(BIN)/python -m tests.chaos.mutants --json bench/results/chaos-mutants.json $(ARGS)
 
 check: lint test fuzz-quick chaos-quick ## What CI runs
 
@@ -138,12 +147,12 @@ check-exact: model ## Tokens against transformers' generate: every drafter and d
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==$(COMPAT_TORCH) setuptools
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
-check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
+check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
@@ -157,4 +166,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load

@@ -133,6 +133,15 @@ CASES: dict[str, Values] = {
             ]
         },
     ),
+    "two drafts of one target": merged(
+        GPU,
+        {
+            "pools": [
+                {"name": "old", "draft": {"weight": 9}},
+                {"name": "new", "draft": {"model": "acme/newer", "revision": COMMIT}},
+            ]
+        },
+    ),
     "models in each pod": merged(GPU, {"models": {"mode": "pod"}}),
     "models already there": merged(GPU, {"models": {"download": False, "volume": {"existingClaim": "models"}}}),
     "models online": merged(GPU, {"models": {"offline": False}}),

@@ -173,7 +173,7 @@ def test_pools_override_only_what_they_name() -> None:
     assert environ["OUTRIDER_TOKENIZER"] == (
         f"acme/large=/models/acme--large/{COMMIT},acme/code=/models/acme--code/{COMMIT},mine=/models/mine"
     )
-    assert re.findall(r"(\w+)=kubernetes\S*?@(\d+)", environ["OUTRIDER_DRAFTS"]) == [("large", "3"), ("code", "1")]
+    assert re.findall(r"(\w+):\S+?=kubernetes\S*?@(\d+)", environ["OUTRIDER_DRAFTS"]) == [("large", "3"), ("code", "1")]
     assert len(of_kind(manifests, "StatefulSet")) == 4  # three targets and Redis
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.cases import COMMIT, GPU, PAIR, SIMULATED, Values, merged
+from tests.deploy.cases import COMMIT, GPU, OTHER_COMMIT, PAIR, SIMULATED, Values, merged
 from tests.deploy.chart import APIS, Refused, render
 
 pytestmark = pytest.mark.usefixtures("needs_helm")
@@ -140,17 +140,17 @@ REFUSED: list[tuple[str, Values, Values]] = [
     ),
     ("pools: twin is the name of several", GPU, {"pools": [{"name": "twin"}, {"name": "twin"}]}),
     (
+        "pool new: target.modelName: acme/large is already the name of another model",
+        GPU,
+        {"pools": [{"name": "old"}, {"name": "new", "target": {"revision": OTHER_COMMIT}}]},
+    ),
+    (
         "pool code: target.tensorParallelSize: 2 does not divide the 1 GPUs",
         GPU,
         {"pools": [{"name": "code", "target": {"gpu": {"count": 1}, "tensorParallelSize": 2}}]},
     ),
     (
-        "pools: a and b both serve the model acme/large",
-        GPU,
-        {"pools": [{"name": "a"}, {"name": "b", "target": {"revision": "f" * 40}}]},
-    ),
-    (
-        "pools: a and b both serve the model mine",
+        "pool b: target.modelName: mine is already the name of another model",
         GPU,
         {
             "pools": [

@@ -131,7 +131,7 @@ MUTANTS = (
             f"{_ENGINE}[engine-staged-penalties-8-rejection]",
         ),
     ),
-    # The chaos test notices these two as well: `python -m tests.chaos --mutant NAME`.
+    # The chaos test notices these two as well: `make check-chaos-mutants`.
     Mutant(
         "emit before persist",
         (

@@ -2,8 +2,9 @@
 
 {{/* Name of the model to ask for; empty where there is only one. */}}
 {{- define "outrider.clientModel" -}}
-{{- $pools := (include "outrider.pools" . | fromJson).pools -}}
-{{- if gt (len $pools) 1 }}{{ include "outrider.servedName" (first $pools).target }}{{ end -}}
+{{- $names := list -}}
+{{- range (include "outrider.pools" . | fromJson).pools }}{{ $names = append $names (include "outrider.servedName" .target) }}{{ end -}}
+{{- if gt (len (uniq $names)) 1 }}{{ first $names }}{{ end -}}
 {{- end }}
 
 {{/* Whether clients need a certificate. */}}

@@ -19,17 +19,11 @@
 {{- end }}
 
 {{- define "outrider.validatePools" -}}
-{{- $names := list -}}
-{{- $served := dict -}}
-{{- range $pool := (include "outrider.pools" . | fromJson).pools -}}
+{{- $names := list -}}{{- $paths := dict -}}
+{{- range (include "outrider.pools" . | fromJson).pools -}}
   {{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
   {{- if has .name $names -}}{{- fail (printf "pools: %s is the name of several" .name) -}}{{- end -}}
   {{- $names = append $names .name -}}
-  {{- $model := include "outrider.servedName" .target -}}
-  {{- with get $served $model -}}
-    {{- fail (printf "pools: %s and %s both serve the model %s, so requests could not choose; set target.modelName of one" . $pool.name $model) -}}
-  {{- end -}}
-  {{- $_ := set $served $model .name -}}
   {{- if not .target.model -}}
     {{- fail (printf "%starget.model: name the model that verifies: a Hugging Face id, a directory below /models, or simulated" $where) -}}
   {{- end -}}
@@ -37,6 +31,12 @@
   {{- include "outrider.validateGpus" (dict "where" $where "name" "target" "part" .target) -}}
   {{- include "outrider.validateGrace" (dict "where" $where "name" "target" "part" .target) -}}
   {{- include "outrider.validateSettings" (dict "root" $ "where" $where "name" "target" "part" .target "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size")) -}}
+  {{- $served := include "outrider.servedName" .target -}}
+  {{- $path := include "outrider.modelPath" .target -}}
+  {{- if ne (get $paths $served | default $path) $path -}}
+    {{- fail (printf "%starget.modelName: %s is already the name of another model; choose one of its own" $where $served) -}}
+  {{- end -}}
+  {{- $_ := set $paths $served $path -}}
   {{- if .draft.enabled -}}
     {{- include "outrider.validateDraft" (dict "where" $where "part" .draft "target" .target "root" $) -}}
   {{- end -}}
