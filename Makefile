@@ -51,10 +51,11 @@ demo: model ## Start everything, send three prompts with and without speculation
 bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--limit 8 ...")
 	@$(BIN)/outrider bench $(ARGS)
 
-bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
+bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly; held to their goals
 	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 500 --json bench/results/simulated.json
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
+	@$(BIN)/python -m bench.simulated_goals $(addprefix bench/results/,simulated.json overhead.json plain_overhead.json)
 
 bench-draft-length: setup ## The adaptive draft length against fixed ones, and plan's predictions, on simulated workers (draft_length.json, .png)
 	$(BIN)/python -m bench.draft_length $(ARGS)
@@ -88,8 +89,8 @@ lint: setup ## Format, lint, types, import contracts, protos
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
 	$(BIN)/python -m tests.distribution.check --json bench/results/distribution.json
 
-check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
-	$(BIN)/python -m tests.mutants
+check-mutants: setup ## Apply defects that break exactness or lose tokens: each test meant for one must fail (bench/results/mutants.json)
+	$(BIN)/python -m tests.mutants --json bench/results/mutants.json
 
 fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.json; ARGS="--seconds 600 --seed 1000")
 	$(BIN)/python -m tests.fuzz --json bench/results/fuzz.json $(ARGS)

@@ -22,8 +22,8 @@ from typing import Any
 import grpc.aio
 from outrider.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+from bench.goals import Goal, ratio
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal, ratio
 from bench.load.requests import NO_RETRY, Answer, Requests, reasons, tpot_of
 from bench.load.watch import Watched, watching
 from services.cli.bench.report import Percentiles
