@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT_TRANSFORMERS := 5.17.0
+# The interpreter of Triton 3.6, which comes with torch 2.11, knows no newer numpy, and warns of this one.
+COMPAT_NUMPY := 2.3.5
 # 2.11.0, the oldest that is supported, comes from PyPI with CUDA's libraries alone: 4 GB.
 COMPAT_TORCH ?= 2.13.0
 COMPAT_VENV := .venv-compat-$(COMPAT_TORCH)
@@ -147,13 +149,13 @@ check-exact: model ## Tokens against transformers' generate: every drafter and d
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e 's/^numpy==.*/numpy==$(COMPAT_NUMPY)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==$(COMPAT_TORCH) setuptools
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
 check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
-	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
+	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -W 'ignore:Conversion of an array:DeprecationWarning' -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
 	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }
