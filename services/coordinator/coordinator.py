@@ -246,6 +246,8 @@ class Coordinator:
                 check_same_request(request, record.request_digest)
                 if record.finish_reason:
                     return await self._finished(request, record)
+            if record is None:
+                _check_may_begin(request)
             source = await self._source(request) if record is None else None
             try:
                 opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
@@ -357,6 +359,16 @@ async def _end(stream: Stream) -> None:
     """Nobody reads the stream any more."""
     if stream.generation is not None:
         await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+
+
+def _check_may_begin(request: GenerationRequest) -> None:
+    """Raises NotFound UNKNOWN_SESSION where the request would begin a session that it takes to exist.
+
+    A client that has received something holds what it needs to go on (services.coordinator.turns.adopted_tokens).
+    """
+    has_received = request.resume and (request.resume.num_received_tokens or request.resume.num_prompt_tokens)
+    if request.continue_session and not (request.fork or has_received):
+        raise unknown_session(request.session_id)
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:
