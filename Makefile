@@ -5,8 +5,12 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
+# The interpreter of Triton 3.6, which comes with torch 2.11, knows no newer numpy, and warns of this one.
+COMPAT_NUMPY := 2.3.5
+# 2.11.0, the oldest that is supported, comes from PyPI with CUDA's libraries alone: 4 GB.
+COMPAT_TORCH ?= 2.13.0
+COMPAT_VENV := .venv-compat-$(COMPAT_TORCH)
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 # The contract as the oldest version has it that may run beside this one; replaced when that version is given up.
 PREDECESSOR := protos/outrider-v1.binpb
@@ -49,10 +53,11 @@ demo: model ## Start everything, send three prompts with and without speculation
 bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--limit 8 ...")
 	@$(BIN)/outrider bench $(ARGS)
 
-bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
+bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly; held to their goals
 	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 500 --json bench/results/simulated.json
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
+	@$(BIN)/python -m bench.simulated_goals $(addprefix bench/results/,simulated.json overhead.json plain_overhead.json)
 
 bench-draft-length: setup ## The adaptive draft length against fixed ones, and plan's predictions, on simulated workers (draft_length.json, .png)
 	$(BIN)/python -m bench.draft_length $(ARGS)
@@ -86,8 +91,8 @@ lint: setup ## Format, lint, types, import contracts, protos
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
 	$(BIN)/python -m tests.distribution.check --json bench/results/distribution.json
 
-check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
-	$(BIN)/python -m tests.mutants
+check-mutants: setup ## Apply defects that break exactness or lose tokens: each test meant for one must fail (bench/results/mutants.json)
+	$(BIN)/python -m tests.mutants --json bench/results/mutants.json
 
 fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.json; ARGS="--seconds 600 --seed 1000")
 	$(BIN)/python -m tests.fuzz --json bench/results/fuzz.json $(ARGS)
@@ -144,13 +149,13 @@ check-exact: model ## Tokens against transformers' generate: every drafter and d
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e 's/^numpy==.*/numpy==$(COMPAT_NUMPY)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==$(COMPAT_TORCH) setuptools
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
-check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
-	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
+check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
+	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -W 'ignore:Conversion of an array:DeprecationWarning' -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
 	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import psutil
 
+from bench.goals import Goal, ratio
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal, ratio
 from bench.load.requests import NO_RETRY
 from services.cli.bench.report import Percentiles
 from services.client import GenerateOptions, OutriderClient

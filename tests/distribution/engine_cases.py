@@ -96,6 +96,7 @@ PAIRWISE = [
         for shift, method in enumerate(_METHODS)
     ),
     EngineCase("lying", "min_p", 16, VerificationMethod.REJECTION),
+    EngineCase("identical", "top_k", 8, VerificationMethod.REJECTION),
     *_OTHERS,
 ]
 

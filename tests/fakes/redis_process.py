@@ -66,6 +66,12 @@ class RedisProcess:
             self._process.kill()
             self._process.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM, as when its pod is replaced; returns once it has ended."""
+        self._signal(signal.SIGTERM)
+        assert self._process is not None
+        self._process.wait(_START_S)
+
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
 

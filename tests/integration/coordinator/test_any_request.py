@@ -12,7 +12,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted
 from services.common.service import wait_until
 from services.engine.simulated import SimulatedTarget
@@ -73,7 +73,9 @@ async def read_in_pieces(cluster: Cluster, draw: random.Random, request: dict[st
                     break
                 num_left -= 1
         except grpc.aio.AioRpcError as error:
-            if not isinstance(rpc.error_from_rpc(error), Aborted):  # the stream before may not be known to have ended
+            if not isinstance(
+                rpc_errors.error_from_rpc(error), Aborted
+            ):  # the stream before may not be known to have ended
                 raise
         call.cancel()
     raise AssertionError("the generation does not end")

@@ -12,7 +12,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
 from tests.fakes import redis_process
@@ -48,7 +48,7 @@ async def test_bad_requests_name_code_reason_field_and_limit_and_the_service_goe
         async for _ in cluster.stub.Generate(pb.GenerateRequest(**fields)):
             pass
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert (error.reason, error.field) == (reason, field)
     assert limit in error.message
     assert len((await cluster.generate(prompt="a", max_tokens=3, ignore_eos=True)).tokens) == 3
@@ -60,7 +60,7 @@ async def test_undecodable_messages_are_the_clients_fault(cluster: Cluster, data
         call = channel.unary_stream(METHOD)(data)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert isinstance(error, InvalidArgument)
     assert error.reason == "UNDECODABLE"
 
@@ -99,7 +99,7 @@ async def _drain(call: Any) -> None:
             pass
         await call.code()
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from_rpc(error) from error
+        raise rpc_errors.error_from_rpc(error) from error
 
 
 async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster, tmp_path: Path) -> None:

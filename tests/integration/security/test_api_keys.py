@@ -30,7 +30,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from services.common.rpc import error_from_rpc
+from services.common.rpc_errors import error_from_rpc
 from services.common.service import end_tasks, wait_until
 from tests.integration.coordinator.conftest import TARGET, Cluster, node, start_cluster
 

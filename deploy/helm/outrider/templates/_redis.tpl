@@ -5,12 +5,6 @@
 {{ $image.repository }}{{ ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "") }}
 {{- end }}
 
-{{- define "outrider.redisCliTls" -}}
-{{- if .Values.tls.enabled -}}
---tls --cert /etc/outrider/tls/tls.crt --key /etc/outrider/tls/tls.key --cacert /etc/outrider/tls/ca.crt --sni redis
-{{- end -}}
-{{- end }}
-
 {{/* The coordinators' variables for the address of Redis. Kubernetes puts the password into the address. */}}
 {{- define "outrider.redisEnv" -}}
 {{- $tls := "?ssl_ca_certs=/etc/outrider/tls/ca.crt&ssl_certfile=/etc/outrider/tls/tls.crt&ssl_keyfile=/etc/outrider/tls/tls.key" -}}
