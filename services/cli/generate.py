@@ -39,6 +39,7 @@ _UINT64 = click.IntRange(0, 2**64 - 1)
 @click.option("--stop", multiple=True, help="Text that ends the generation; may be given several times.")
 @decode_options
 @click.option("--session", help="A session's UUID: the prompt is its next turn, or its first.")
+@click.option("--continue", "continues", is_flag=True, help="Fail unless the --session exists: it may have expired.")
 @click.option("--system", help="System message.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @click.option("--draft", default="", help="Draft pool to use, by name.  [default: by the pools' weights]")
@@ -50,6 +51,7 @@ _UINT64 = click.IntRange(0, 2**64 - 1)
 def generate(
     prompt: str | None,
     session: str | None,
+    continues: bool,
     system: str | None,
     raw: bool,
     verification: str,
@@ -68,13 +70,15 @@ def generate(
         raise click.UsageError("--system needs the chat template; it cannot be used with --raw")
     if sampling["log_probs"] and not as_json:
         raise click.UsageError("--log-probs needs --json, which prints them")
+    if continues and not session:
+        raise click.UsageError("--continue needs --session, which it continues")
     text = _read_prompt(prompt)
     if not text:
         raise click.UsageError("the PROMPT is empty")
     request: Prompt = text if raw else Chat.of(text, system=system)
     options = GenerateOptions(verification=VerificationMethod(verification), stop=stop, **sampling)  # type: ignore[arg-type]
     try:
-        result = asyncio.run(_generate(address, access, request, options, session, stream=not as_json))
+        result = asyncio.run(_generate(address, access, request, options, session, continues, stream=not as_json))
     except OutriderError as error:
         raise CommandFailed(describe(error, address)) from None
     if as_json:
@@ -100,11 +104,12 @@ async def _generate(
     prompt: Prompt,
     options: GenerateOptions,
     session_id: str | None,
+    continues: bool,
     *,
     stream: bool,
 ) -> Result:
     async with OutriderClient(*address.split(","), access=access) as client:
-        generation = client.generate(prompt, options, session_id=session_id)
+        generation = client.generate(prompt, options, session_id=session_id, continue_session=continues)
         if not stream:
             return await generation.complete()
         coloured = is_coloured()

@@ -24,7 +24,7 @@ from services.client.generation import Generation
 from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
 from services.client.wire import model_from_proto, request_to_proto, session_from_proto
-from services.common.errors import OutriderError, Unavailable
+from services.common.errors import InvalidArgument, OutriderError, Unavailable
 from services.common.rpc_errors import error_from_rpc
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ class OutriderClient:
         request_id: str | None = None,
         fork: bool = False,
         fork_len: int | None = None,
+        continue_session: bool = False,
     ) -> Generation:
         """Starts a generation when iterated over; see Generation.
 
@@ -69,8 +70,13 @@ class OutriderClient:
         `fork`: generate in a new session, a copy of the given one or of its first `fork_len` tokens; the given one goes
         on untouched, even while it is busy. Without a prompt the copy is continued. The new session's id is that of the
         generation once its stream has begun.
-        Raises InvalidArgument at once for values that cannot be encoded.
+        `continue_session`: the session must exist, and iterating raises NotFound UNKNOWN_SESSION where it has expired
+        or was lost; without, the prompt is then a new session's first turn.
+        Raises InvalidArgument at once for values that cannot be encoded, and for `continue_session` without a session.
         """
+        if continue_session and not session_id:
+            message = "continue_session: needs session_id"
+            raise InvalidArgument("INVALID_PARAMETER", message, field="continue_session")
         options = options or GenerateOptions()
         request = request_to_proto(
             prompt,
@@ -80,14 +86,21 @@ class OutriderClient:
             seed=secrets.randbits(64) if options.seed is None else options.seed,
             fork=fork,
             fork_len=fork_len,
+            continue_session=continue_session,
         )
         return Generation(self._connections, request, self._retry)
 
     async def complete(
-        self, prompt: Prompt, options: GenerateOptions | None = None, *, session_id: str | None = None
+        self,
+        prompt: Prompt,
+        options: GenerateOptions | None = None,
+        *,
+        session_id: str | None = None,
+        continue_session: bool = False,
     ) -> Result:
         """Generates and returns the whole result."""
-        return await self.generate(prompt, options, session_id=session_id).complete()
+        generation = self.generate(prompt, options, session_id=session_id, continue_session=continue_session)
+        return await generation.complete()
 
     async def get_session(self, session_id: str) -> SessionRecord:
         """Raises NotFound for an unknown session."""

@@ -40,6 +40,7 @@ def request_to_proto(
     seed: int,
     fork: bool = False,
     fork_len: int | None = None,
+    continue_session: bool = False,
 ) -> coordinator_pb2.GenerateRequest:
     """Raises InvalidArgument for values that the message's fields cannot hold, such as a negative count."""
     try:
@@ -61,6 +62,7 @@ def request_to_proto(
             fork=fork,
             fork_len=fork_len,
             cache_salt=options.cache_salt,
+            continue_session=continue_session,
         )
         _set_prompt(request, prompt)
     except (ValueError, TypeError) as error:

@@ -64,6 +64,8 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
     max_tokens = _within("max_tokens", message.max_tokens or DEFAULT_MAX_TOKENS, 1, MAX_MAX_TOKENS)
     request_id = _uuid(message.request_id, "request_id")
     fork = _fork(message)
+    if message.continue_session and not message.session_id:
+        raise _invalid("continue_session", "needs session_id")
     request = GenerationRequest(
         session_id=_forked_id(fork, request_id) if fork else _uuid(message.session_id, "session_id"),
         request_id=request_id,
@@ -85,6 +87,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         resume=_resume(message, max_tokens, limits),
         fork=fork,
         cache_salt=_cache_salt(message.cache_salt),
+        continue_session=message.continue_session,
     )
     if request.num_top_log_probs and not request.log_probs:
         raise _invalid("num_top_log_probs", "needs log_probs")

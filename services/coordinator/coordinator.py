@@ -31,6 +31,7 @@ from services.coordinator.plan import GenerationPlan
 from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.request import GenerationRequest
 from services.coordinator.statistics import GenerationStatistics, StatisticsCollector
+from services.coordinator.store_policy import StorePolicy
 from services.coordinator.tally import CoordinatorTally, Kind
 from services.coordinator.tokenizer_set import TokenizerSet
 from services.coordinator.unbroken import unbroken
@@ -89,6 +90,7 @@ class Coordinator:
         self._tokenizers = tokenizers
         self._placement = placement
         self._store = store
+        self._store_policy = StorePolicy(store)
         self._committer = committer
         self._usage = usage
         self._opener = SessionOpener(store, usage, placement)
@@ -246,6 +248,9 @@ class Coordinator:
                 check_same_request(request, record.request_digest)
                 if record.finish_reason:
                     return await self._finished(request, record)
+            if record is None:
+                _check_may_begin(request)
+                self._store_policy.check()
             source = await self._source(request) if record is None else None
             try:
                 opened = await self._opener.open(request, self._tokenizers.get(request.model), record, source)
@@ -345,11 +350,14 @@ class Coordinator:
                 running.output.tick()
 
     async def _beat_store(self) -> None:
-        """Signs of life in the store, and what sessions hold; a store that is away is noticed by the commits."""
+        """Signs of life in the store, what sessions hold, and a look at the store, which a failover may have replaced;
+        one that is away is noticed by the commits."""
         while True:
             with contextlib.suppress(OutriderError):
                 await self._store.heartbeat(3 * self._config.heartbeat_ms)
                 await self._usage.flush()
+            with contextlib.suppress(OutriderError):
+                await self._store_policy.look()
             await asyncio.sleep(self._config.heartbeat_ms / 1e3)
 
 
@@ -357,6 +365,16 @@ async def _end(stream: Stream) -> None:
     """Nobody reads the stream any more."""
     if stream.generation is not None:
         await stream.generation.stop(Aborted("OWNERSHIP_LOST", "the client went away"))
+
+
+def _check_may_begin(request: GenerationRequest) -> None:
+    """Raises NotFound UNKNOWN_SESSION where the request would begin a session that it takes to exist.
+
+    A client that has received something holds what it needs to go on (services.coordinator.turns.adopted_tokens).
+    """
+    has_received = request.resume and (request.resume.num_received_tokens or request.resume.num_prompt_tokens)
+    if request.continue_session and not (request.fork or has_received):
+        raise unknown_session(request.session_id)
 
 
 def _draft_length(plan: GenerationPlan, placed: Placed) -> DraftLength:

@@ -80,6 +80,8 @@ class GenerationRequest:
     fork: Fork | None = None
     cache_salt: str = ""
     """Only requests of one owner and one salt share cached prefixes. It changes no token."""
+    continue_session: bool = False
+    """The session must exist: this is none's first turn."""
     owner_key: str = ANONYMOUS
     """Whose sessions these are; others see none of them."""
     default_num_draft_tokens: int | None = None
@@ -106,6 +108,7 @@ class GenerationRequest:
             "owner_key",
             "default_num_draft_tokens",
             "cache_salt",
+            "continue_session",
         ]
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         values: dict[str, object] = {name: getattr(self, name) for name in names}

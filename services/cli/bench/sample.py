@@ -95,11 +95,11 @@ class Failure:
 async def measure(
     client: OutriderClient, key: Key, mode: Mode, prompt: Prompt, options: GenerateOptions, session_id: str
 ) -> Sample | Failure:
-    """Sends one request and reads it to the end."""
+    """Sends one request and reads it to the end. A later turn than the first fails without its session."""
     arrivals: list[tuple[int, int]] = []
     sent_ns = time.perf_counter_ns()
     try:
-        generation = client.generate(prompt, options, session_id=session_id)
+        generation = client.generate(prompt, options, session_id=session_id, continue_session=key.turn > 0)
         async with contextlib.aclosing(generation):
             async for chunk in generation:
                 if chunk.tokens:

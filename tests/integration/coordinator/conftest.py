@@ -161,7 +161,7 @@ def start_many(redis_url: str) -> StartMany:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A target that tells of itself otherwise: `changes` are those of its ModelInfo."""
+    """A target that tells of itself otherwise: `changes` are those of its ModelInfo, and of its noise_version."""
 
     config: TargetConfig
     changes: dict[str, Any]
@@ -170,13 +170,14 @@ class Model:
 def start_target(target: TargetConfig | Model) -> contextlib.AbstractAsyncContextManager[RunningWorker]:
     if isinstance(target, TargetConfig):
         return running_target(target)
-    changes, config = target.changes, target.config
+    config, changes = target.config, dict(target.changes)
+    noise = {name: changes.pop(name) for name in ("noise_version",) if name in changes}
 
     def build() -> BuiltWorker:
         built = build_target(config)
         assert built.info.model is not None
         return built._replace(
-            info=dataclasses.replace(built.info, model=dataclasses.replace(built.info.model, **changes))
+            info=dataclasses.replace(built.info, model=dataclasses.replace(built.info.model, **changes), **noise)
         )
 
     service = target_pb2.DESCRIPTOR.services_by_name["TargetService"]

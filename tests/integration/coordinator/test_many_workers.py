@@ -220,9 +220,9 @@ async def test_a_next_turn_returns_to_the_workers_that_have_the_cache(start_many
             assert len(visited) == 1
 
 
-@pytest.mark.parametrize("changes", [{"digest": "another"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"digest": "another"}, {"dtype": "bfloat16"}, {"noise_version": 99}])
 async def test_a_target_that_computes_otherwise_is_refused_and_gets_no_moved_generation(
-    start_many: StartMany, changes: dict[str, str], caplog: pytest.LogCaptureFixture
+    start_many: StartMany, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     same, other = [SLOW, SLOW], Model(SLOW, changes)
     async with start_many([*same, other], [], target_retry_s=0.5) as cluster:
@@ -234,6 +234,50 @@ async def test_a_target_that_computes_otherwise_is_refused_and_gets_no_moved_gen
         assert not holding(cluster.targets[2:])
     assert {type(result) for result in results} == {Unavailable}
     assert f"{next(iter(changes))} {next(iter(changes.values()))} instead of" in caplog.text
+
+
+OUT_OF_MEMORY = [
+    pytest.param(2, 0, "targets", 1, id="one of two targets once"),
+    pytest.param(2, 0, "targets", None, id="one of two targets for ever"),
+    pytest.param(1, 0, "targets", 1, id="the only target once"),
+    pytest.param(1, 0, "targets", 4, id="the only target four times"),
+    pytest.param(1, 1, "drafts", None, id="the only draft for ever"),
+]
+
+
+@pytest.mark.parametrize(("num_targets", "num_drafts", "kind", "num_failures"), OUT_OF_MEMORY)
+async def test_a_worker_without_memory_costs_a_pause_and_no_token(
+    start_many: StartMany, num_targets: int, num_drafts: int, kind: str, num_failures: int | None
+) -> None:
+    async with start_many([SLOW] * num_targets, [DRAFT] * num_drafts) as cluster:
+        whole, prompts = await prompts_of(cluster, max_tokens=200)
+        more = {"max_tokens": 200, "num_draft_tokens": 4 * num_drafts}
+        running = [asyncio.create_task(cluster.generate(**fields(prompt=p, **more))) for p in prompts]
+        workers: Sequence[RunningWorker] = getattr(cluster, kind)
+        coordinator = cluster.coordinator.coordinator
+        assert await wait_until(lambda: coordinator.num_streaming == len(prompts), 10, 0.002)
+        assert len(holding(workers)) == len(workers)
+        failures = run_out_of_memory(workers[0], num_failures)
+        assert await wait_until(lambda: len(failures) >= (num_failures or 1), 10, 0.002)
+        assert not any(task.done() for task in running)
+        assert [(await task).tokens for task in running] == list(whole.values())
+        assert await wait_until(lambda: not holding(cluster.workers), 10)
+
+
+def run_out_of_memory(worker: RunningWorker, num_failures: int | None) -> list[MemoryError]:
+    """Its next steps fail; None: all of them do. Returns those failures, as they come."""
+    core = worker.engine._core  # type: ignore[attr-defined]
+    failures: list[MemoryError] = []
+    step = core.step
+
+    def failing_step() -> Any:
+        if num_failures is None or len(failures) < num_failures:
+            failures.append(MemoryError())
+            raise failures[-1]
+        return step()
+
+    core.step = failing_step
+    return failures
 
 
 async def test_models_are_chosen_by_name_and_generations_stay_with_theirs(start_many: StartMany) -> None:

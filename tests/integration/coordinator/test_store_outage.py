@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
+from redis import Redis
 
-from services.common.errors import Unavailable
+from services.common.errors import ConfigError, Unavailable
 from services.common.redis_client import MAX_CONNECTIONS
 from services.common.service import wait_until
 from services.common.session_record import Write
@@ -19,7 +20,7 @@ from services.common.session_store import Outcome, SessionStore
 from services.coordinator.output import Output
 from services.coordinator.trim import Trimmed
 from tests.fakes.redis_process import DURABLE, RedisProcess, running
-from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
+from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster, node
 from tests.integration.coordinator.test_takeover import Reader, new_request, record_of
 
 UNHURRIED = replace(TARGET, simulated_step_ms=10.0)
@@ -177,6 +178,38 @@ async def test_a_generation_that_shall_stop_with_redis_ends_resumably_and_loses_
         whole = await cluster.generate(**{**request, "session_id": "", "request_id": ""})
         assert [*reader.tokens, *rest.tokens] == whole.tokens
         assert await record_of(cluster.stub, request["session_id"]) == whole.tokens
+
+
+def set_policy(store: RedisProcess, policy: str) -> None:
+    with Redis.from_url(store.url) as client:
+        client.config_set("maxmemory-policy", policy)
+
+
+async def test_a_store_that_has_come_to_evict_begins_no_session_until_it_is_mended(
+    start_cluster: StartCluster, forgetful: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with start_cluster(redis_url=forgetful.url, heartbeat_ms=20) as cluster:
+        policy = cluster.coordinator.coordinator._store_policy
+        request = new_request(max_tokens=5)
+        first = await cluster.generate(**request)
+        set_policy(forgetful, "volatile-lru")
+        assert await wait_until(lambda: policy.unfit, 10, 0.01)
+        with pytest.raises(Unavailable, match="maxmemory-policy") as refused:
+            await cluster.generate(**new_request(max_tokens=2))
+        assert (refused.value.reason, bool(refused.value.retry_after_ms)) == ("STORE_UNAVAILABLE", True)
+        assert [record.levelname for record in caplog.records if "volatile-lru" in record.message] == ["ERROR"]
+        turn = {**request, "request_id": str(uuid.uuid4()), "prompt": "and"}
+        assert list((await cluster.generate(**turn)).started.prompt_token_ids) == [*b"hi", *first.tokens, *b"and"]
+        set_policy(forgetful, "noeviction")
+        assert await wait_until(lambda: not policy.unfit, 10, 0.01)
+        assert len((await cluster.generate(**new_request(max_tokens=2))).tokens) == 2
+
+
+async def test_no_coordinator_starts_on_a_store_that_evicts(cluster: Cluster, store: RedisProcess) -> None:
+    set_policy(store, "allkeys-lru")
+    with pytest.raises(ConfigError, match="allkeys-lru, which evicts"):
+        async with node(cluster, store.url):
+            pass
 
 
 async def test_no_token_goes_out_before_its_acknowledgement(

@@ -70,6 +70,12 @@ def test_generate_json_is_one_object_with_the_promised_fields(address, capsys):
     assert printed["statistics"]["acceptance_rate"] == 0.75
 
 
+@pytest.mark.parametrize("flags", [[], ["--continue"]])
+def test_generate_continues_a_session_only_where_it_is_told_to(address, fake, flags):
+    run("generate", "hi", "--session", "s", *flags, "--address", address)
+    assert (fake.requests[0].session_id, fake.requests[0].continue_session) == ("s", bool(flags))
+
+
 def test_generate_reads_standard_input_and_sends_it_raw(address, fake, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("grüß\n".encode())))
     assert run("generate", "--raw", "--address", address) == 0
@@ -120,6 +126,7 @@ def test_an_unreachable_coordinator_is_said_so(capsys):
         ["generate", "hi", "--raw", "--system", "x"],
         ["generate", "hi", "--num-draft-tokens", "17"],
         ["generate", "hi", "--log-probs"],
+        ["generate", "hi", "--continue"],
         ["generate", "hi", "--address", ""],
         ["bench", "--mode", "fast"],
         ["bench", "--rate", "2", "--concurrency", "2"],

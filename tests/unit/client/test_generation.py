@@ -358,6 +358,18 @@ async def test_text_that_is_no_unicode_is_an_invalid_argument():
             client.generate("\ud800")
 
 
+async def test_a_session_that_must_exist_must_be_named_and_its_loss_is_told_at_once():
+    lost = NotFound("UNKNOWN_SESSION", "no session s", field="session_id")
+    fake = FakeCoordinator(play(lost, start=False))
+    async with client_of(fake) as client:
+        with pytest.raises(InvalidArgument, match="needs session_id") as caught:
+            client.generate("hi", continue_session=True)
+        assert caught.value.field == "continue_session"
+        with pytest.raises(NotFound):
+            await client.complete("hi", session_id="s", continue_session=True)
+    assert [request.continue_session for request in fake.requests] == [True]
+
+
 async def test_sessions_and_models():
     async with client_of(FakeCoordinator(whole())) as client:
         record = await client.get_session("known")

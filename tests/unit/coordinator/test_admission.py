@@ -55,6 +55,7 @@ REQUEST = st.builds(
     fork=st.booleans(),
     fork_len=st.none() | UINT32,
     cache_salt=st.text(st.characters(exclude_categories=["Cs"]), max_size=140),
+    continue_session=st.booleans(),
     resume=st.builds(pb.ResumePoint, num_received_tokens=UINT32, tokens_beyond_durable=st.lists(UINT32, max_size=3)),
 )
 
@@ -232,11 +233,18 @@ def test_a_fork_names_its_source_and_a_length_needs_a_fork(fields: dict[str, Any
     assert caught.value.field == field
 
 
+def test_a_session_to_continue_must_be_named() -> None:
+    with pytest.raises(InvalidArgument, match="needs session_id") as caught:
+        admit(a_prompt(continue_session=True), LIMITS)
+    assert caught.value.field == "continue_session"
+
+
 def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> None:
     base = admit(a_prompt(), LIMITS).digest
     resumed = a_prompt(resume=pb.ResumePoint(num_received_tokens=4), session_id=str(uuid.uuid4()))
     assert admit(resumed, LIMITS).digest == base
     assert admit(a_prompt(cache_salt="s"), LIMITS).digest == base
+    assert admit(a_prompt(continue_session=True, session_id=str(uuid.uuid4())), LIMITS).digest == base
     assert admit(a_prompt(max_tokens=5), LIMITS).digest != base
     assert admit(pb.GenerateRequest(prompt="b"), LIMITS).digest != base
     assert admit(sampling(seed=0), LIMITS).digest != base
