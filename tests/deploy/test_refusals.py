@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.cases import COMMIT, GPU, PAIR, SIMULATED, Values, merged
+from tests.deploy.cases import CASES, COMMIT, GPU, PAIR, SIMULATED, Values, merged
 from tests.deploy.chart import APIS, Refused, render
 
 pytestmark = pytest.mark.usefixtures("needs_helm")
@@ -122,6 +122,32 @@ REFUSED: list[tuple[str, Values, Values]] = [
         "pool code: target.tensorParallelSize: 2 does not divide the 1 GPUs",
         GPU,
         {"pools": [{"name": "code", "target": {"gpu": {"count": 1}, "tensorParallelSize": 2}}]},
+    ),
+    (
+        "models.download: with models.mode=pod each pod's volume begins empty",
+        GPU,
+        {"models": {"mode": "pod", "download": False}},
+    ),
+    (
+        "target.model: with models.mode=pod each pod's volume begins empty, and nothing puts /models/mine there",
+        GPU,
+        {"models": {"mode": "pod"}, "target": {"model": "/models/mine"}},
+    ),
+    ("draft.model: with models.mode=pod", GPU, {"models": {"mode": "pod"}, "draft": {"model": "/models/mine"}}),
+    (
+        "pool local: target.model: with models.mode=pod",
+        CASES["several pools"],
+        {"models": {"mode": "pod"}},
+    ),
+    (
+        "draft.settings.target_tokenizer: with models.mode=pod",
+        GPU,
+        {"models": {"mode": "pod"}, "draft": {"settings": {"target_tokenizer": "/models/mine"}}},
+    ),
+    (
+        "draft.settings.draft_target: with models.mode=pod",
+        GPU,
+        {"models": {"mode": "pod"}, "draft": {"settings": {"draft_target": "/models/acme--large/main"}}},
     ),
     ("ingress.host: name the host", GPU, {"ingress": {"enabled": True}}),
     ("gateway.parentRefs: name the Gateway", GPU, {"gateway": {"enabled": True}}),

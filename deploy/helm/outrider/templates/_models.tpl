@@ -20,25 +20,26 @@
 {{- end }}
 
 {{/*
-Downloads models: arguments are triples of id, commit and directory. A directory is whole once .complete lies in it. The
-digest is computed here and kept beside the weights, so that no worker has to read them twice.
+Downloads models: arguments are fours of id, commit, directory, and a pattern of files to leave out beside pickles, or
+nothing. A directory is whole once .complete lies in it. The digest is computed here and kept beside the weights, so that
+no worker has to read them twice.
 */}}
 {{- define "outrider.downloadScript" -}}
 set -eu
 while [ "$#" -gt 0 ]; do
   if [ ! -f "$3/.complete" ]; then
-    hf download "$1" --revision "$2" --local-dir "$3" ${EXCLUDE:+--exclude "$EXCLUDE"} \
+    hf download "$1" --revision "$2" --local-dir "$3" ${4:+--exclude "$4"} \
       --exclude '*/*' --exclude '*.bin' --exclude '*.pt' --exclude '*.pth' --exclude '*.gguf' --exclude 'consolidated*'
     python -c 'import pathlib, sys; from services.engine.digest import model_digest; model_digest(pathlib.Path(sys.argv[1]))' "$3"
     touch "$3/.complete"
   fi
-  shift 3
+  shift 4
 done
 {{- end }}
 
-{{/* A container that downloads. Takes root, name, models, and weights: whether they are wanted. */}}
+{{/* A container that downloads. Takes root and models. */}}
 {{- define "outrider.downloadContainer" -}}
-name: {{ .name }}
+name: download
 image: {{ include "outrider.image" (dict "root" .root "part" .root.Values.coordinator "gpus" 0) }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 securityContext: {{- include "outrider.containerSecurity" . | nindent 2 }}
@@ -48,13 +49,11 @@ args:
   - {{ .model | quote }}
   - {{ .revision | quote }}
   - {{ .path | quote }}
+  - {{ ternary "" "*.safetensors" .weights | quote }}
 {{- end }}
 env:
   - {name: HF_HOME, value: /tmp/huggingface}
   - {name: HF_HUB_DISABLE_TELEMETRY, value: "1"}
-{{- if not .weights }}
-  - {name: EXCLUDE, value: "*.safetensors"}
-{{- end }}
 {{- with .root.Values.models.hubEndpoint }}
   - {name: HF_ENDPOINT, value: {{ . | quote }}}
 {{- end }}
@@ -70,13 +69,13 @@ volumeMounts:
 
 {{/*
 Init containers that see to it that `models` are there: mode shared waits for the job, mode pod downloads.
-Takes root, models and weights. Empty where nothing is downloaded.
+Takes root and models. Empty where nothing is downloaded.
 */}}
 {{- define "outrider.modelInit" -}}
 {{- if and .models .root.Values.models.download }}
 initContainers:
 {{- if eq .root.Values.models.mode "pod" }}
-  - {{- include "outrider.downloadContainer" (merge (dict "name" "download") .) | nindent 4 }}
+  - {{- include "outrider.downloadContainer" . | nindent 4 }}
 {{- else }}
   - name: wait-for-models
     image: {{ include "outrider.image" (dict "root" .root "part" .root.Values.coordinator "gpus" 0) }}
@@ -92,4 +91,56 @@ initContainers:
       - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* The pod of the job for all pods. Takes the context of its labels, and models. */}}
+{{- define "outrider.downloadPod" -}}
+metadata:
+  labels: {{- include "outrider.podLabels" . | nindent 4 }}
+spec:
+  restartPolicy: OnFailure
+  serviceAccountName: {{ include "outrider.serviceAccount" . }}
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  securityContext: {{- include "outrider.podSecurity" .root | nindent 4 }}
+  {{- include "outrider.scheduling" . | nindent 2 }}
+  containers:
+    - {{- include "outrider.downloadContainer" . | nindent 6 }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    {{- include "outrider.modelVolume" . | nindent 4 }}
+{{- end }}
+
+{{/* A volume of each pod's own begins empty: refuses what nothing would ever put there. */}}
+{{- define "outrider.validateModelVolumes" -}}
+{{- if and (eq .Values.models.mode "pod") (include "outrider.needsVolume" .) -}}
+  {{- if not .Values.models.download -}}
+    {{- fail "models.download: with models.mode=pod each pod's volume begins empty and only a download fills it; set models.download=true, or models.mode=shared and models.volume.existingClaim" -}}
+  {{- end -}}
+  {{- range (include "outrider.pools" . | fromJson).pools -}}
+    {{- include "outrider.validatePodModels" . -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Takes a pool. */}}
+{{- define "outrider.validatePodModels" -}}
+{{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
+{{- $paths := dict "target.model" .target.model -}}
+{{- if and .draft.enabled (include "outrider.draftHasModel" .draft) -}}
+  {{- $_ := set $paths "draft.model" .draft.model -}}
+  {{- $known := list -}}
+  {{- range (include "outrider.settingsModels" .draft | fromJson).parts -}}{{- $known = append $known (include "outrider.modelPath" .) -}}{{- end -}}
+  {{- range $name := include "outrider.modelSettings" . | fromJsonArray -}}
+    {{- $path := get $.draft.settings $name | toString -}}
+    {{- if not (has $path $known) -}}{{- $_ := set $paths (printf "draft.settings.%s" $name) $path -}}{{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name, $path := $paths -}}
+  {{- if hasPrefix "/" $path -}}
+    {{- $way := ternary "name /models/ORG--NAME/COMMIT, which is downloaded" "name a Hugging Face id and its revision" (contains "settings" $name) -}}
+    {{- fail (printf "%s%s: with models.mode=pod each pod's volume begins empty, and nothing puts %s there; %s, or set models.mode=shared" $where $name $path $way) -}}
+  {{- end -}}
+{{- end -}}
 {{- end }}
