@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -20,6 +21,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc
 
+from services.cli.bench.machine import environment
 from services.client import GenerateOptions, OutriderClient, Result
 from services.common.service import wait_until
 from tests.fakes.kubernetes_api import KubernetesApi, endpoint_slice, kubeconfig
@@ -213,5 +215,6 @@ def record(path: Path, update: str, results: list[Result]) -> None:
         "generations": len(results),
         "tokens": sum(len(result.tokens) for result in results),
         "resumed_generations": sum(result.num_resumptions > 0 for result in results),
+        "environment": dataclasses.asdict(environment([])) | {"command": "make check-upgrade"},
     }
     path.write_text(json.dumps(known, indent=2) + "\n")

@@ -6,8 +6,10 @@ At a defect the input is printed, and the seed of its batch: `--seed` starts wit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from services.cli.bench.machine import environment
 from tests.fuzz.messages import encoded
 from tests.fuzz.surfaces import Broken, Cluster, running_cluster
 
@@ -81,12 +84,14 @@ def main(seconds: float, first_seed: int, json_file: Path | None) -> None:
     Console().print(table)
     click.echo(f"{total} inputs in {seconds:g} s, no defect; memory grew by {growth_mb:.0f} MiB")
     if json_file:
+        command = shlex.join(["python", "-m", "tests.fuzz", *sys.argv[1:]])
         document = {
             "num_inputs": total,
             "seconds": seconds,
             "seed": first_seed,
             "memory_growth_mib": round(growth_mb),
             "outcomes": {name: dict(outcomes.most_common()) for name, outcomes in sorted(counts.items())},
+            "environment": dataclasses.asdict(environment([])) | {"command": command},
         }
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     if growth_mb > _MAX_GROWTH_MB:
