@@ -12,6 +12,7 @@ OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
 LARGE = f"/models/acme--large/{COMMIT}"
 TINY = f"/models/acme--tiny/{OTHER_COMMIT}"
 """Where the chart puts models of the hub."""
+MINE = "/models/mine"
 
 
 def merged(*parts: Values) -> Values:
@@ -121,6 +122,10 @@ CASES: dict[str, Values] = {
     ),
     "staged by a model": merged(GPU, {"draft": STAGED}),
     "staged by a model in each pod": merged(GPU, {"draft": STAGED, "models": {"mode": "pod"}}),
+    "staged by a model of the hub": merged(
+        GPU, {"draft": merged(STAGED, {"settings": {"staged_model": "acme/tiny"}}), "models": {"offline": False}}
+    ),
+    "staged by a model of a directory": merged(GPU, {"draft": merged(STAGED, {"settings": {"staged_model": MINE}})}),
     "draft without a model": merged(
         GPU, {"draft": {"drafter": "suffix,ngram", "model": "", "revision": "", "gpu": {"count": 0}}}
     ),

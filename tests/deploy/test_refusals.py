@@ -149,6 +149,16 @@ REFUSED: list[tuple[str, Values, Values]] = [
         GPU,
         {"models": {"mode": "pod"}, "draft": {"settings": {"draft_target": "/models/acme--large/main"}}},
     ),
+    (
+        "draft.settings.staged_model: acme/tiny is no directory below /models",
+        CASES["staged by a model"],
+        {"draft": {"settings": {"staged_model": "acme/tiny"}}},
+    ),
+    (
+        "draft.settings.target_tokenizer: /data/m is no directory below /models",
+        CASES["models online"],
+        {"draft": {"settings": {"target_tokenizer": "/data/m"}}},
+    ),
     ("ingress.host: name the host", GPU, {"ingress": {"enabled": True}}),
     ("gateway.parentRefs: name the Gateway", GPU, {"gateway": {"enabled": True}}),
     ("serviceAccount.coordinatorName: with serviceAccount.create false", GPU, {"serviceAccount": {"create": False}}),

@@ -112,35 +112,45 @@ spec:
     {{- include "outrider.modelVolume" . | nindent 4 }}
 {{- end }}
 
-{{/* A volume of each pod's own begins empty: refuses what nothing would ever put there. */}}
+{{/* Refuses models that nothing would ever put where they are looked for. */}}
 {{- define "outrider.validateModelVolumes" -}}
-{{- if and (eq .Values.models.mode "pod") (include "outrider.needsVolume" .) -}}
-  {{- if not .Values.models.download -}}
+{{- if include "outrider.needsVolume" . -}}
+  {{- if and (eq .Values.models.mode "pod") (not .Values.models.download) -}}
     {{- fail "models.download: with models.mode=pod each pod's volume begins empty and only a download fills it; set models.download=true, or models.mode=shared and models.volume.existingClaim" -}}
   {{- end -}}
   {{- range (include "outrider.pools" . | fromJson).pools -}}
-    {{- include "outrider.validatePodModels" . -}}
+    {{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
+    {{- include "outrider.validatePath" (dict "root" $ "name" (printf "%starget.model" $where) "path" .target.model) -}}
+    {{- if and .draft.enabled (include "outrider.draftHasModel" .draft) -}}
+      {{- include "outrider.validatePath" (dict "root" $ "name" (printf "%sdraft.model" $where) "path" .draft.model) -}}
+      {{- include "outrider.validateModelSettings" (dict "root" $ "where" $where "draft" .draft) -}}
+    {{- end -}}
   {{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* Takes a pool. */}}
-{{- define "outrider.validatePodModels" -}}
-{{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
-{{- $paths := dict "target.model" .target.model -}}
-{{- if and .draft.enabled (include "outrider.draftHasModel" .draft) -}}
-  {{- $_ := set $paths "draft.model" .draft.model -}}
-  {{- $known := list -}}
-  {{- range (include "outrider.settingsModels" .draft | fromJson).parts -}}{{- $known = append $known (include "outrider.modelPath" .) -}}{{- end -}}
-  {{- range $name := include "outrider.modelSettings" . | fromJsonArray -}}
-    {{- $path := get $.draft.settings $name | toString -}}
-    {{- if not (has $path $known) -}}{{- $_ := set $paths (printf "draft.settings.%s" $name) $path -}}{{- end -}}
+{{/* Takes root, where and draft. */}}
+{{- define "outrider.validateModelSettings" -}}
+{{- $downloaded := list -}}
+{{- range (include "outrider.settingsModels" .draft | fromJson).parts -}}
+  {{- $downloaded = append $downloaded (include "outrider.modelPath" .) -}}
+{{- end -}}
+{{- range $setting := include "outrider.modelSettings" . | fromJsonArray -}}
+  {{- $name := printf "%sdraft.settings.%s" $.where $setting -}}
+  {{- $path := get $.draft.settings $setting | toString -}}
+  {{- if not (has $path (concat $downloaded (list "" "simulated"))) -}}
+    {{- if and (not (hasPrefix "/models/" $path)) (or (hasPrefix "/" $path) $.root.Values.models.offline) -}}
+      {{- fail (printf "%s: %s is no directory below /models, where models are; name /models/ORG--NAME/COMMIT, which is downloaded, or one that you fill" $name $path) -}}
+    {{- end -}}
+    {{- include "outrider.validatePath" (dict "root" $.root "name" $name "path" $path) -}}
   {{- end -}}
 {{- end -}}
-{{- range $name, $path := $paths -}}
-  {{- if hasPrefix "/" $path -}}
-    {{- $way := ternary "name /models/ORG--NAME/COMMIT, which is downloaded" "name a Hugging Face id and its revision" (contains "settings" $name) -}}
-    {{- fail (printf "%s%s: with models.mode=pod each pod's volume begins empty, and nothing puts %s there; %s, or set models.mode=shared" $where $name $path $way) -}}
-  {{- end -}}
+{{- end }}
+
+{{/* A volume of each pod's own begins empty: no directory of one's own is in it. Takes root, name and path. */}}
+{{- define "outrider.validatePath" -}}
+{{- if and (eq .root.Values.models.mode "pod") (hasPrefix "/" .path) -}}
+  {{- $way := ternary "/models/ORG--NAME/COMMIT" "a Hugging Face id and its revision" (contains "settings" .name) -}}
+  {{- fail (printf "%s: with models.mode=pod each pod's volume begins empty, and nothing puts %s there; name %s, which is downloaded, or set models.mode=shared" .name .path $way) -}}
 {{- end -}}
 {{- end }}
