@@ -166,6 +166,12 @@ def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
     return {"images": figures, "generated_tokens": num_tokens}
 
 
+def as_document(engine: str, result: Mapping[str, object]) -> dict[str, object]:
+    """The results file; each image's own commit is among its figures."""
+    command = shlex.join(["python", "-m", "deploy.tools.check_images", *sys.argv[1:]])
+    return {"engine": engine, **result, "environment": dataclasses.asdict(environment([])) | {"command": command}}
+
+
 def num_metrics(port: int) -> int:
     """Outrider's own, by name, that are scraped at a port."""
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
@@ -193,9 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         redis.stop()
     described = subprocess.run([engine, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    command = shlex.join(["python", "-m", "deploy.tools.check_images", *(arguments or sys.argv[1:])])
-    taken = dataclasses.asdict(environment([])) | {"command": command}
-    report = {"engine": described, **result, "environment": taken}
+    report = as_document(described, result)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 0

@@ -70,6 +70,17 @@ async def run(seconds: float, first_seed: int, console: Console) -> tuple[dict[s
         return counts, (psutil.Process().memory_info().rss - before) / 2**20
 
 
+def as_document(counts: dict[str, Counter[str]], about: dict[str, float]) -> dict[str, object]:
+    """The results file: what was sent, how, on which commit, and what came of it."""
+    command = shlex.join(["python", "-m", "tests.fuzz", *sys.argv[1:]])
+    return {
+        "num_inputs": sum(outcomes.total() for outcomes in counts.values()),
+        **about,
+        "outcomes": {name: dict(outcomes.most_common()) for name, outcomes in sorted(counts.items())},
+        "environment": dataclasses.asdict(environment([])) | {"command": command},
+    }
+
+
 @click.command()
 @click.option("--seconds", default=180.0, show_default=True, help="How long.")
 @click.option("--seed", "first_seed", default=0, show_default=True, help="Of the first batch.")
@@ -84,15 +95,7 @@ def main(seconds: float, first_seed: int, json_file: Path | None) -> None:
     Console().print(table)
     click.echo(f"{total} inputs in {seconds:g} s, no defect; memory grew by {growth_mb:.0f} MiB")
     if json_file:
-        command = shlex.join(["python", "-m", "tests.fuzz", *sys.argv[1:]])
-        document = {
-            "num_inputs": total,
-            "seconds": seconds,
-            "seed": first_seed,
-            "memory_growth_mib": round(growth_mb),
-            "outcomes": {name: dict(outcomes.most_common()) for name, outcomes in sorted(counts.items())},
-            "environment": dataclasses.asdict(environment([])) | {"command": command},
-        }
+        document = as_document(counts, {"seconds": seconds, "seed": first_seed, "memory_growth_mib": round(growth_mb)})
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     if growth_mb > _MAX_GROWTH_MB:
         sys.exit(f"memory grew by more than {_MAX_GROWTH_MB} MiB")
