@@ -84,8 +84,7 @@ lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/buf breaking protos --against $(PREDECESSOR)
 
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
-	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
-	$(BIN)/python -m tests.distribution.check
+	$(BIN)/python -m tests.distribution.check --json bench/results/distribution.json
 
 check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
 	$(BIN)/python -m tests.mutants
@@ -136,10 +135,11 @@ chart: setup ## Package the Helm chart into build/
 	"$$($(BIN)/python -m deploy.tools.fetch helm)" package deploy/helm/outrider --destination build
 
 PROMPTS ?= services/cli/prompts.jsonl
-check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
+check-exact: model ## Tokens against transformers' generate: every drafter and draft length; how far bfloat16 diverges (PROMPTS=file)
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --drafters model --draft sample-draft --json bench/results/exact-sample-draft.json
-	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --limit 12 --max-tokens 64 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0,0.5,1.0 --limit 8 --max-tokens 64 --num-draft-tokens 4 --dtype bfloat16 --json bench/results/exact-bfloat16.json
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)

