@@ -119,9 +119,15 @@ check: lint test fuzz-quick chaos-quick ## What CI runs
 DEPLOY_TESTS := tests/deploy tests/integration/security $(addprefix tests/integration/test_,$(addsuffix .py,connection_age logs metrics traces)) \
 	$(addprefix tests/integration/coordinator/test_,kubernetes_discovery.py fleet_quotas.py) tests/integration/common/test_redis_kinds.py \
 	$(addprefix tests/unit/common/test_,api_keys.py security_config.py) tests/unit/cli/test_keys.py tests/unit/cli/top
-check-deploy: setup fuzz-quick ## All of deployment: chart, Dockerfiles and compose file; certificates, keys, floods; metrics, traces, alerts
+check-deploy: debian-programs setup fuzz-quick ## All of deployment: chart, Dockerfiles and compose file; certificates, keys, floods; metrics, traces, alerts
 	$(BIN)/python -m deploy.tools.fetch
 	$(BIN)/python -m pytest -q $(DEPLOY_TESTS)
+
+# Where they are missing, `make check` skips the tests that need them; what is asked for by name must not.
+DEBIAN_PROGRAMS := promtool prometheus redis-server
+debian-programs:
+	@for program in $(DEBIAN_PROGRAMS); do command -v "$$program" >/dev/null || \
+	{ echo "$$program is missing: install Debian's packages prometheus (which has promtool) and redis-server first" >&2; exit 1; }; done
 
 FROM ?=
 check-upgrade: setup ## Replace each part under load, by one of another version (bench/results/upgrade.json; FROM=REF: from that commit too)
@@ -157,8 +163,8 @@ $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generate
 check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -W 'ignore:Conversion of an array:DeprecationWarning' -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
-check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
-	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }
+check-metrics: DEBIAN_PROGRAMS := promtool prometheus
+check-metrics: debian-programs setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
 	$(BIN)/python -m pytest -q tests/deploy/test_prometheus.py tests/deploy/test_names.py
 
 format: setup ## Format the code and sort the imports
@@ -168,4 +174,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy debian-programs check-upgrade images images-base check-images chart load

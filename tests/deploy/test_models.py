@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.cases import CASES, COMMIT, GPU
+from tests.deploy.cases import CASES, COMMIT, GPU, LARGE
 from tests.deploy.chart import Manifest, containers, pods, render
 
 pytestmark = pytest.mark.usefixtures("needs_helm")
@@ -96,3 +96,25 @@ def test_a_coordinator_downloads_no_weights(pod: Pod) -> None:
     assert pod.run(named(manifests, "coordinator", "download")) == 0
     assert "--exclude *.safetensors" in pod.calls.read_text()
     assert pod.downloads() == ["acme/large"]
+
+
+@pytest.mark.parametrize(
+    ("case", "without_weights"),
+    [
+        ("draft of another vocabulary in each pod", {"acme/large"}),
+        ("trained draft in each pod", set()),  # it reads the target's embedding as well as its tokenizer
+        ("staged by a model in each pod", set()),
+    ],
+)
+def test_a_draft_downloads_weights_of_what_it_computes_with(pod: Pod, case: str, without_weights: set[str]) -> None:
+    assert pod.run(named(render(CASES[case]), "draft", "download")) == 0
+    calls = pod.calls.read_text().splitlines()
+    assert {line.split()[1] for line in calls if "*.safetensors" in line} == without_weights
+    assert len(calls) == 2
+
+
+def test_the_job_for_all_pods_downloads_weights_of_a_tokenizer_too(pod: Pod) -> None:
+    """A later upgrade may serve that model, and what is whole is not downloaded again."""
+    assert pod.run(named(render(CASES["draft of another vocabulary"]), "models", "download")) == 0
+    assert "*.safetensors" not in pod.calls.read_text()
+    assert (pod.models / LARGE.removeprefix("/models/") / ".complete").exists()

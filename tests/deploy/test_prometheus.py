@@ -28,7 +28,10 @@ from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
 
 __all__ = ["start_cluster"]
 
-pytestmark = pytest.mark.skipif(not shutil.which("promtool"), reason="needs prometheus and promtool on the path")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("promtool") and shutil.which("prometheus")),
+    reason="needs prometheus and promtool (Debian: prometheus)",
+)
 
 GREEDY = sampling_pb2.SamplingParams(temperature=0.0)
 FIELDS = {"prompt": "x" * 50, "max_tokens": 40, "ignore_eos": True, "sampling": GREEDY}

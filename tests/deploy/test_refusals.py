@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.cases import COMMIT, GPU, OTHER_COMMIT, PAIR, SIMULATED, Values, merged
+from tests.deploy.cases import CASES, COMMIT, GPU, OTHER_COMMIT, PAIR, SIMULATED, Values, merged
 from tests.deploy.chart import APIS, Refused, render
 
 pytestmark = pytest.mark.usefixtures("needs_helm")
@@ -232,6 +232,42 @@ REFUSED: list[tuple[str, Values, Values]] = [
         "ingress.tlsSecret: without a certificate of the host, API keys",
         GPU,
         {"auth": {"apiKeysSecret": "keys"}, "ingress": {"enabled": True, "host": "llm.example.com"}},
+    ),
+    (
+        "models.download: with models.mode=pod each pod's volume begins empty",
+        GPU,
+        {"models": {"mode": "pod", "download": False}},
+    ),
+    (
+        "target.model: with models.mode=pod each pod's volume begins empty, and nothing puts /models/mine there",
+        GPU,
+        {"models": {"mode": "pod"}, "target": {"model": "/models/mine"}},
+    ),
+    ("draft.model: with models.mode=pod", GPU, {"models": {"mode": "pod"}, "draft": {"model": "/models/mine"}}),
+    (
+        "pool local: target.model: with models.mode=pod",
+        CASES["several pools"],
+        {"models": {"mode": "pod"}},
+    ),
+    (
+        "draft.settings.target_tokenizer: with models.mode=pod",
+        GPU,
+        {"models": {"mode": "pod"}, "draft": {"settings": {"target_tokenizer": "/models/mine"}}},
+    ),
+    (
+        "draft.settings.draft_target: with models.mode=pod",
+        GPU,
+        {"models": {"mode": "pod"}, "draft": {"settings": {"draft_target": "/models/acme--large/main"}}},
+    ),
+    (
+        "draft.settings.staged_model: acme/tiny is no directory below /models",
+        CASES["staged by a model"],
+        {"draft": {"settings": {"staged_model": "acme/tiny"}}},
+    ),
+    (
+        "draft.settings.target_tokenizer: /data/m is no directory below /models",
+        CASES["models online"],
+        {"draft": {"settings": {"target_tokenizer": "/data/m"}}},
     ),
     ("ingress.host: name the host", GPU, {"ingress": {"enabled": True}}),
     ("gateway.parentRefs: name the Gateway", GPU, {"gateway": {"enabled": True}}),

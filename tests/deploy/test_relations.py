@@ -211,13 +211,26 @@ _PATHS = (
 )
 
 
+def downloaded_models_of(container: Manifest) -> set[str]:
+    """Directories of downloaded models that a service is told to read."""
+    values = [part.rpartition("=")[2] for value in env_of(container).values() for part in value.split(",")]
+    return {value for value in values if value.startswith("/models/acme--")}
+
+
+def test_a_pod_starts_once_every_model_that_its_service_reads_is_there(case: str, manifests: list[Manifest]) -> None:
+    if case == "models already there":
+        return
+    for role, container, pod in services_of(manifests):
+        awaited = {word for c in pod["spec"].get("initContainers", []) for word in c["args"]}
+        assert downloaded_models_of(container) == {word for word in awaited if word.startswith("/models/")}, role
+
+
 def test_models_are_where_they_are_downloaded_to(manifests: list[Manifest]) -> None:
     downloads = [c for _, pod in pods(manifests) for c in containers(pod) if c["name"] == "download"]
-    paths = {c["args"][i + 2] for c in downloads for i in range(0, len(c["args"]), 3)}
+    paths = {c["args"][i + 2] for c in downloads for i in range(0, len(c["args"]), 4)}
     if not downloads:
         return
-    served = {env_of(c).get("OUTRIDER_MODEL", "") for _, c, _ in services_of(manifests)}
-    assert {path for path in served if path.startswith("/models/acme--")} == paths
+    assert {path for _, c, _ in services_of(manifests) for path in downloaded_models_of(c)} == paths
     waited = {
         p for _, pod in pods(manifests) for c in containers(pod) if c["name"] == "wait-for-models" for p in c["args"]
     }

@@ -7,6 +7,7 @@ into the file OUTRIDER_UPGRADE_RESULTS.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from services.cli.bench.machine import environment
 from services.client import GenerateOptions, OutriderClient, Result
 from services.common.service import wait_until
 from tests.fakes.deployment import COORDINATORS, Deployment, deployed
@@ -188,5 +190,6 @@ def record_results(path: Path, update: str, results: list[Result]) -> None:
         "generations": len(results),
         "tokens": sum(len(result.tokens) for result in results),
         "resumed_generations": sum(result.num_resumptions > 0 for result in results),
+        "environment": dataclasses.asdict(environment([])) | {"command": "make check-upgrade"},
     }
     path.write_text(json.dumps(known, indent=2) + "\n")

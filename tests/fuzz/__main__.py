@@ -6,8 +6,10 @@ At a defect the input is printed, and the seed of its batch: `--seed` starts wit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from services.cli.bench.machine import environment
 from tests.fuzz.messages import encoded
 from tests.fuzz.surfaces import Broken, Cluster, running_cluster
 
@@ -67,6 +70,17 @@ async def run(seconds: float, first_seed: int, console: Console) -> tuple[dict[s
         return counts, (psutil.Process().memory_info().rss - before) / 2**20
 
 
+def as_document(counts: dict[str, Counter[str]], about: dict[str, float]) -> dict[str, object]:
+    """The results file: what was sent, how, on which commit, and what came of it."""
+    command = shlex.join(["python", "-m", "tests.fuzz", *sys.argv[1:]])
+    return {
+        "num_inputs": sum(outcomes.total() for outcomes in counts.values()),
+        **about,
+        "outcomes": {name: dict(outcomes.most_common()) for name, outcomes in sorted(counts.items())},
+        "environment": dataclasses.asdict(environment([])) | {"command": command},
+    }
+
+
 @click.command()
 @click.option("--seconds", default=180.0, show_default=True, help="How long.")
 @click.option("--seed", "first_seed", default=0, show_default=True, help="Of the first batch.")
@@ -81,13 +95,7 @@ def main(seconds: float, first_seed: int, json_file: Path | None) -> None:
     Console().print(table)
     click.echo(f"{total} inputs in {seconds:g} s, no defect; memory grew by {growth_mb:.0f} MiB")
     if json_file:
-        document = {
-            "num_inputs": total,
-            "seconds": seconds,
-            "seed": first_seed,
-            "memory_growth_mib": round(growth_mb),
-            "outcomes": {name: dict(outcomes.most_common()) for name, outcomes in sorted(counts.items())},
-        }
+        document = as_document(counts, {"seconds": seconds, "seed": first_seed, "memory_growth_mib": round(growth_mb)})
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     if growth_mb > _MAX_GROWTH_MB:
         sys.exit(f"memory grew by more than {_MAX_GROWTH_MB} MiB")

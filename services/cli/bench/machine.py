@@ -1,4 +1,4 @@
-"""What a measurement must say of where it was taken: processor, cores, versions, command; never a path or a name.
+"""What a measurement must say of where it was taken: processor, cores, versions, commit, command; no path and no name.
 
 Owns: reading that from the system, and a process's CPU time. Must not know: what is measured.
 """
@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class Environment:
     memory_gib: float | None
     python: str
     versions: dict[str, str]
+    commit: str | None
+    """See `commit`."""
 
 
 def environment(arguments: Sequence[str]) -> Environment:
@@ -43,7 +46,29 @@ def environment(arguments: Sequence[str]) -> Environment:
         memory_gib=_memory_gib(),
         python=platform.python_version(),
         versions=versions,
+        commit=commit(),
     )
+
+
+def commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of the checkout that `file` is part of, with ` and changes` where tracked files differ from it.
+
+    Results of earlier measurements are no changes. None for an installation, and where git can't tell.
+    """
+    if _git(file, "ls-files", "--error-unmatch", "--", file.name) is None:
+        return None
+    changes = _git(file, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    head = _git(file, "rev-parse", "HEAD")
+    return f"{head} and changes" if head and changes else head
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    """What git prints in the folder of `file`; None where it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout.strip()
 
 
 def _without_directory(argument: str) -> str:

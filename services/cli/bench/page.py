@@ -77,5 +77,6 @@ def _machine(environment: Environment) -> dict[str, str]:
         "processor": f"{environment.cpu}, {environment.num_cores} cores",
         "memory": f"{number(environment.memory_gib, 1)} GiB",
         "python": environment.python,
+        "commit": environment.commit or "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
     }

@@ -71,6 +71,6 @@ def case_report(
 
 
 def document(*cases: CaseReport, **fields: object) -> Document:
-    environment = Environment("outrider bench <b>&", "a processor", 2, 8.0, "3.11", {"outrider": "0.1"})
+    environment = Environment("outrider bench <b>&", "a processor", 2, 8.0, "3.11", {"outrider": "0.1"}, "c0ffee")
     configuration = {"target": "<script>alert(1)</script>", "prompts": "2 of mine.jsonl"}
     return dataclasses.replace(Document(cases, configuration, environment), **fields)  # type: ignore[arg-type]

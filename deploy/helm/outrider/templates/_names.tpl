@@ -44,7 +44,7 @@ Takes what outrider.selector takes, and part.
 {{- if .part.image.digest -}}
 {{ $name }}@{{ .part.image.digest }}
 {{- else -}}
-{{ $name }}:{{ .root.Values.image.tag | default (printf "%s%s" .root.Chart.AppVersion (ternary "-cuda" "" (gt (int .gpus) 0))) }}
+{{ $name }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}{{ ternary "-cuda" "" (gt (int .gpus) 0) }}
 {{- end -}}
 {{- end }}
 

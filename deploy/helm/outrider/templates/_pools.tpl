@@ -58,27 +58,63 @@ All pools as JSON {"pools": [{name, infix, target, draft}]}: the values' own pai
 {{- if has $last (list "features" "mtp") }}true{{ end -}}
 {{- end }}
 
-{{/* The parts of a pool that load a model, as JSON {"parts": [...]}. */}}
-{{- define "outrider.modelParts" -}}
-{{- $parts := list .target -}}
-{{- if and .draft.enabled (include "outrider.draftHasModel" .draft) }}{{ $parts = append $parts .draft }}{{ end -}}
+{{/* Settings of a draft that name a model or a tokenizer beside its own. */}}
+{{- define "outrider.modelSettings" -}}
+{{- list "draft_target" "staged_model" "target_tokenizer" | toJson -}}
+{{- end }}
+
+{{/*
+Models that a draft's settings name by the directory that they are downloaded to, /models/ORG--NAME/COMMIT, as JSON
+{"parts": [{model, revision, weights}]}. Of a tokenizer no weights are needed. Takes a part.
+*/}}
+{{- define "outrider.settingsModels" -}}
+{{- $parts := list -}}
+{{- range $name := include "outrider.modelSettings" . | fromJsonArray -}}
+  {{- $path := get $.settings $name | toString -}}
+  {{- if regexMatch "^/models/[^/]+--[^/]+/[0-9a-f]{40}$" $path -}}
+    {{- $model := base (dir $path) | replace "--" "/" -}}
+    {{- $parts = append $parts (dict "model" $model "revision" (base $path) "weights" (ne $name "target_tokenizer")) -}}
+  {{- end -}}
+{{- end -}}
 {{- dict "parts" $parts | toJson -}}
 {{- end }}
 
-{{/* What is to be downloaded, as JSON {"models": [{model, revision, path}]}, each once. */}}
+{{/* The models of a pool, each with model and revision, as JSON {"parts": [...]}. */}}
+{{- define "outrider.modelParts" -}}
+{{- $parts := list .target -}}
+{{- if and .draft.enabled (include "outrider.draftHasModel" .draft) -}}
+  {{- $parts = concat $parts (list .draft) (include "outrider.settingsModels" .draft | fromJson).parts -}}
+{{- end -}}
+{{- dict "parts" $parts | toJson -}}
+{{- end }}
+
+{{/*
+Which of `parts` are to be downloaded, as JSON {"models": [{model, revision, path, weights}]}, each once, with its weights
+unless every part that names it says `weights: false`.
+*/}}
 {{- define "outrider.downloads" -}}
 {{- $models := dict -}}
-{{- range (include "outrider.pools" . | fromJson).pools -}}
-  {{- range (include "outrider.modelParts" . | fromJson).parts -}}
-    {{- if include "outrider.isHubId" . -}}
-      {{- $path := include "outrider.modelPath" . -}}
-      {{- $_ := set $models $path (dict "model" .model "revision" .revision "path" $path) -}}
-    {{- end -}}
+{{- range .parts -}}
+  {{- if include "outrider.isHubId" . -}}
+    {{- $path := include "outrider.modelPath" . -}}
+    {{- $weights := or (ne (toString .weights) "false") (dig $path "weights" false $models) -}}
+    {{- $_ := set $models $path (dict "model" .model "revision" .revision "path" $path "weights" $weights) -}}
   {{- end -}}
 {{- end -}}
 {{- $list := list -}}
 {{- range $path := keys $models | sortAlpha }}{{ $list = append $list (get $models $path) }}{{ end -}}
 {{- dict "models" $list | toJson -}}
+{{- end }}
+
+{{/* What the job for all pods downloads: everything, with weights, for a directory that is whole is not downloaded again. */}}
+{{- define "outrider.sharedDownloads" -}}
+{{- $parts := list -}}
+{{- range (include "outrider.pools" . | fromJson).pools -}}
+  {{- range (include "outrider.modelParts" . | fromJson).parts -}}
+    {{- $parts = append $parts (set . "weights" true) -}}
+  {{- end -}}
+{{- end -}}
+{{- include "outrider.downloads" (dict "parts" $parts) -}}
 {{- end }}
 
 {{/* Whether any pod needs the volume of models: whenever one is neither simulated nor missing. */}}

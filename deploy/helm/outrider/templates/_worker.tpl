@@ -1,6 +1,6 @@
 {{/*
-A worker's pod, draft or target. Takes root, pool, component, part, port, service, hasModel, hasDirectory, and draftTarget:
-the part whose model this one's is a head of.
+A worker's pod, draft or target. Takes root, pool, component, part, port, service, hasModel, hasDirectory, draftTarget:
+the part whose model this one's is a head of, and settingsModels: those that its settings name.
 */}}
 {{- define "outrider.workerPod" -}}
 {{- $gpus := int .part.gpu.count -}}
@@ -19,13 +19,9 @@ spec:
   terminationGracePeriodSeconds: {{ include "outrider.grace" .part }}
   securityContext: {{- include "outrider.podSecurity" . | nindent 4 }}
   {{- include "outrider.scheduling" $context | nindent 2 }}
-  {{- $models := list }}
-  {{- range compact (list (ternary .part dict .hasModel) .draftTarget) }}
-  {{- if include "outrider.isHubId" . }}
-  {{- $models = append $models (dict "model" .model "revision" .revision "path" (include "outrider.modelPath" .)) }}
-  {{- end }}
-  {{- end }}
-  {{- include "outrider.modelInit" (dict "root" .root "models" $models "weights" true) | nindent 2 }}
+  {{- $parts := concat (compact (list (ternary .part dict .hasModel) .draftTarget)) (.settingsModels | default list) }}
+  {{- $models := (include "outrider.downloads" (dict "parts" $parts) | fromJson).models }}
+  {{- include "outrider.modelInit" (dict "root" .root "models" $models) | nindent 2 }}
   containers:
     - name: {{ .component }}
       image: {{ include "outrider.image" (dict "root" .root "part" .part "gpus" $gpus) }}
