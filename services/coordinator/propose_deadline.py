@@ -3,11 +3,12 @@
 Owns: the estimates for one draft pool and one model, and when a slow worker is tried again. Must not know: what a
 sequence does without its draft, how many tokens pay (coordinator.draft_length), the wire. Pure.
 
-    worth(K)      step * max(1, yield * K)            the target's time for the tokens that K drafted ones bring
-    slow(K)       SLACK * worth + (m - 1) * step      beyond, drafting costs more than it brings. Where several sequences
-                                                      share the target, it computes the others' steps meanwhile (m: groups)
-    patience(K)   2 * slow                            nobody waits longer; both are raised to what a busy machine's
-                                                      pauses take, and patience is at most `max_s`
+    worth(K)      step * max(1, yield * K)          the target's time for the tokens that K drafted ones bring
+    slow(K)       SLACK * worth + (m - 1) * step    beyond, drafting costs more than it brings; of m groups of rows, the
+                                                    target computes the others meanwhile
+    patience(K)   PATIENCE * slow                   nobody waits longer
+
+The last two are raised to what a busy machine's pauses take, and are at most `max_s`.
 
 A worker that was slow is not waited for any more. It is asked on, one proposal at a time, while the target decodes:
 what comes back tells only how long it took, and one that was not slow puts the worker to use again. The first is asked
@@ -17,6 +18,7 @@ timely ones in earnest make up for it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from services.coordinator.round_cost import MAX_GROUPS, Mean
@@ -43,7 +45,7 @@ class DraftPace:
 
     def __init__(self) -> None:
         self.in_use = True
-        self._since_s = 0.0
+        self._since_s = -math.inf
         """When it was put to use again."""
         self._slowness = 0.0
         """Slow proposals that were not made up for."""

@@ -199,6 +199,7 @@ class VirtualCluster:
     def __post_init__(self) -> None:
         times, delay_s = self.times, self.times.delay_ms / 1e3
         clocks = Clock(), Clock()
+        self._num_ended = 0
         self.draft_clock = clocks[1]
         self.deadline = ProposeDeadline(5.0)
         blocks = BlockManager(8192, 16), BlockManager(8192, 16)
@@ -267,6 +268,15 @@ class VirtualCluster:
             length=length,
             clock=loop.nanoseconds,
         )
+
+    async def generate_one(self, num_tokens: int, num_draft_tokens: int | None) -> Counted:
+        """One generation to its end, after those before. `aclose` afterwards."""
+        self._num_ended += 1
+        if self._num_ended == 1:
+            self._committer.start()
+        generation = self.generation(self._num_ended, num_tokens, num_draft_tokens)
+        await generation.start()
+        return generation
 
     async def generate(self, num_sequences: int, num_draft_tokens: int | None, *, skipped: int, measured: int) -> float:
         """Tokens a second while so many generations run that start together, and are stopped in the end.
