@@ -151,10 +151,10 @@ class DraftSequence:
         self._move_if_draining()
         if self._lane is None:
             return
-        if self._should_leave:
-            self._lose(_LATE)
-        elif self._opened and self._asked is None and self._pace.begin_trial(_now_s()):
+        if self._opened and self._asked is None and self._pace.begin_trial(_now_s()):
             self._ask(trial=True)
+        elif self._should_leave:
+            self._lose(_LATE)
         elif self._asked is None and len(self._tokens) - self._told_len >= _NOTE_LEN:
             self._tell(0)
 

@@ -230,7 +230,7 @@ class Generation:
             span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
-        self._deadline.stepped(verified.step_ns, self._target.num_sequences)
+        self._deadline.stepped(verified.step_ns)
         self._deadline.verified(num_draft_tokens, verified.num_accepted_tokens)
         self._commit_and_emit(kept)
 
@@ -253,7 +253,7 @@ class Generation:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
                 self._length.decoded(decoded, self._lap_ns())
-                self._deadline.stepped(decoded.step_ns, self._target.num_sequences, first=first)
+                self._deadline.stepped(decoded.step_ns, first=first)
                 first = False
                 self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)

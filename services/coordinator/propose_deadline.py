@@ -4,8 +4,8 @@ Owns: the estimates for one draft pool and one model, and when a slow worker is 
 sequence does without its draft, how many tokens pay (coordinator.draft_length), the wire. Pure.
 
     worth(K)      step * max(1, yield * K)          the target's time for the tokens that K drafted ones bring
-    slow(K)       SLACK * worth + (m - 1) * step    beyond, drafting costs more than it brings; of m groups of rows, the
-                                                    target computes the others meanwhile
+    slow(K)       SLACK * worth                     beyond, drafting costs more than it brings, also where the target
+                                                    computes the steps of others meanwhile
     patience(K)   PATIENCE * slow                   nobody waits longer
 
 The last two are raised to what a busy machine's pauses take, and are at most `max_s`.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.coordinator.round_cost import MAX_GROUPS, Mean
+from services.coordinator.round_cost import Mean
 
 MIN_PATIENCE_S = 0.1
 """Below this, a busy machine's pauses would pass for losses."""
@@ -117,7 +117,6 @@ class ProposeDeadline:
         self._step_s = Mean()
         self._first_s = 0.0
         self._yield = Mean(1.0, 1)
-        self._num_groups = 1
         self._paces: dict[str, DraftPace] = {}
 
     def pace(self, instance_id: str) -> DraftPace:
@@ -126,9 +125,8 @@ class ProposeDeadline:
             del self._paces[next(iter(self._paces))]
         return self._paces.setdefault(instance_id, DraftPace())
 
-    def stepped(self, step_ns: int, num_sequences: int, *, first: bool = False) -> None:
-        """A step of the target, with so many sequences on it. A `first` token's may hold its prompt."""
-        self._num_groups = max(1, min(num_sequences, MAX_GROUPS))
+    def stepped(self, step_ns: int, *, first: bool = False) -> None:
+        """A step of the target. A `first` token's may hold its prompt."""
         if first:
             self._first_s = step_ns / 1e9
         elif step_ns:
@@ -144,7 +142,7 @@ class ProposeDeadline:
         if not step_s:
             return self.max_s
         worth_s = step_s * max(1.0, self._yield.value * num_draft_tokens)
-        return min(self.max_s, max(MIN_SLOW_S, SLACK * worth_s + (self._num_groups - 1) * step_s))
+        return min(self.max_s, max(MIN_SLOW_S, SLACK * worth_s))
 
     def patience_s(self, num_draft_tokens: int) -> float:
         """How long to wait for it."""

@@ -76,12 +76,6 @@ class TargetSequence:
         """Whether the worker is to be left at the next round boundary, for another that would take the sequence."""
         return self._route.should_move
 
-    @property
-    def num_sequences(self) -> int:
-        """On the worker, as of its last load; everybody's."""
-        link = self._route.link
-        return link.load.num_sequences if link else 0
-
     def open(self) -> None:
         """Opens the sequence from the committed tokens. Raises Unavailable where no worker takes it now."""
         if not self._route.place() or (link := self._route.link) is None:

@@ -24,9 +24,9 @@ from services.coordinator.propose_deadline import (
 MAX_S = 5.0
 
 
-def seen(step_s: float, num_sequences: int = 1) -> ProposeDeadline:
+def seen(step_s: float) -> ProposeDeadline:
     deadline = ProposeDeadline(MAX_S)
-    deadline.stepped(round(step_s * 1e9), num_sequences)
+    deadline.stepped(round(step_s * 1e9))
     return deadline
 
 
@@ -56,32 +56,27 @@ def test_a_token_is_what_the_most_useless_proposal_is_worth() -> None:
     assert deadline.slow_s(4) == pytest.approx(SLACK * 0.1)
 
 
-def test_where_sequences_share_the_target_it_works_for_others_meanwhile() -> None:
-    assert seen(0.1, 3).slow_s(4) == pytest.approx(seen(0.1).slow_s(4) + 0.2)
-    assert seen(0.1, 64).slow_s(4) == pytest.approx(seen(0.1).slow_s(4) + 0.3)
-
-
 def test_a_first_token_counts_until_there_are_others() -> None:
     deadline = ProposeDeadline(MAX_S)
-    deadline.stepped(round(1e9), 1, first=True)
+    deadline.stepped(round(1e9), first=True)
     assert deadline.slow_s(1) == pytest.approx(SLACK)
-    deadline.stepped(round(0.1e9), 1)
-    deadline.stepped(round(1e9), 1, first=True)
+    deadline.stepped(round(0.1e9))
+    deadline.stepped(round(1e9), first=True)
     assert deadline.slow_s(1) == pytest.approx(SLACK * 0.1)
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 10**10), st.integers(0, 64), st.booleans()) | st.integers(0, 16), max_size=40),
+    st.lists(st.tuples(st.integers(0, 10**10), st.booleans()) | st.integers(0, 16), max_size=40),
     st.floats(0.01, 10),
     st.integers(1, 16),
 )
-def test_it_stays_within_its_limits(events: list[tuple[int, int, bool] | int], max_s: float, k: int) -> None:
+def test_it_stays_within_its_limits(events: list[tuple[int, bool] | int], max_s: float, k: int) -> None:
     deadline = ProposeDeadline(max_s)
     for event in events:
         if isinstance(event, int):
             deadline.verified(16, event)
         else:
-            deadline.stepped(*event[:2], first=event[2])
+            deadline.stepped(event[0], first=event[1])
         assert min(MIN_SLOW_S, max_s) <= deadline.slow_s(k) <= deadline.patience_s(k) <= max_s
         assert deadline.patience_s(k) >= min(MIN_PATIENCE_S, max_s)
 

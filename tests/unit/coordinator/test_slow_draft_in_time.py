@@ -51,6 +51,20 @@ def test_a_draft_that_became_slow_costs_little_over_plain_decoding(
 
 
 @LENGTHS
+@pytest.mark.parametrize("pause_s", [0.02, 0.1])
+def test_sequences_that_share_a_slow_draft_lose_little_over_plain_decoding(
+    num_draft_tokens: int | None, pause_s: float
+) -> None:
+    async def rate(num_draft_tokens: int | None) -> float:
+        cluster = VirtualCluster(TIMES)
+        cluster.draft_clock.pause_s = lambda: pause_s
+        return await cluster.generate(4, num_draft_tokens, skipped=8, measured=150)
+
+    plain, drafted = (run(rate(length), VirtualTimeLoop()) for length in (0, num_draft_tokens))
+    assert drafted >= 0.88 * plain
+
+
+@LENGTHS
 def test_a_draft_that_was_always_too_slow_costs_little_from_the_first_generation_on(
     num_draft_tokens: int | None,
 ) -> None:
