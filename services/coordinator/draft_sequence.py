@@ -153,7 +153,7 @@ class DraftSequence:
             return
         if self._opened and self._asked is None and self._pace.begin_trial(_now_s()):
             self._ask(trial=True)
-        elif self._should_leave:
+        elif self._is_silent:
             self._lose(_LATE)
         elif self._asked is None and len(self._tokens) - self._told_len >= _NOTE_LEN:
             self._tell(0)
@@ -189,23 +189,26 @@ class DraftSequence:
             self._succeeded()
 
     def _arrived_unawaited(self, asked: Asked, result: Proposed) -> None:
-        """What it proposes is of no use any more: the target has gone on."""
+        """What it proposes is of no use any more: the target has gone on.
+
+        A draft that is always slow is left for another by one sequence for each trial: all at once would only move the
+        load.
+        """
         try:
             self._arrived(asked, result)
         except OutriderError as error:
             self._lose(error)
             return
-        if self.ready:
+        if asked.trial and asked.pace.is_habitual and self._has_other:
+            self._lose(_LATE)
+        elif self.ready:
             self._on_ready()
 
     @property
-    def _should_leave(self) -> bool:
-        """Whether it is to be opened anew: the draft is silent, or always slow and another one would take the sequence.
-
-        Cheap for a draft that is neither.
-        """
+    def _is_silent(self) -> bool:
+        """Whether what was asked is not to be expected any more, or better asked of another draft."""
         if (asked := self._asked) is None:
-            return self._pace.is_habitual and self._has_other
+            return False
         now_s = _now_s()
         return self._deadline.is_lost(asked, now_s) or (self._deadline.is_overdue(asked, now_s) and self._has_other)
 

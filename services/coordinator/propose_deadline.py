@@ -10,10 +10,10 @@ sequence does without its draft, how many tokens pay (coordinator.draft_length),
 
 The last two are raised to what a busy machine's pauses take, and are at most `max_s`.
 
-A worker that was slow is not waited for any more. It is asked on, one proposal at a time, while the target decodes:
-what comes back tells only how long it took, and one that was not slow puts the worker to use again. The first is asked
-for at once, so that a pause costs little more than itself; each slow one doubles the time to the next, and only many
-timely ones in earnest make up for it.
+A worker whose slow proposals have together taken what one may be waited for is out of use. It is asked on, one proposal
+at a time, while the target decodes: what comes back tells only how long it took, and one that was not slow puts the
+worker to use again. The first is asked for at once, so that a pause costs little more than itself; each slow one
+doubles the time to the next, and only many timely ones in earnest make up for it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MIN_PATIENCE_S = 0.1
 MIN_SLOW_S = 0.02
 SLACK = 1.5
 PATIENCE = 2.0
-OVERDUE = 8.0
+OVERDUE = 10.0
 """Times the patience, after which a worker is left for another."""
 STEP_WEIGHT, YIELD_WEIGHT = 1 / 8, 1 / 32
 MAX_SLOWNESS = 10.0
 HABIT = 3.0
-RECOVERY = 0.25
-"""How much of a slow proposal each timely one makes up for."""
+REFUND, RECOVERY = 0.1, 0.25
+"""What each timely proposal makes up for, of the patience and of the slow ones."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.02, 2.0
 MAX_WORKERS = 256
 """That are remembered; they come and go."""
@@ -47,8 +47,10 @@ class DraftPace:
         self.in_use = True
         self._since_s = -math.inf
         """When it was put to use again."""
+        self._spent = 0.0
+        """Of the patience, while it is in use."""
         self._slowness = 0.0
-        """Slow proposals that were not made up for."""
+        """How often it was put out of use, or slow on trial, and has not made up for it."""
         self._next_s = 0.0
         self._tried = False
 
@@ -59,13 +61,19 @@ class DraftPace:
 
     def timely(self) -> None:
         """A proposal that was waited for came in time."""
+        self._spent = max(0.0, self._spent - REFUND)
         self._slowness = max(0.0, self._slowness - RECOVERY)
 
-    def slow(self, now_s: float, took_s: float) -> None:
-        """A proposal that was waited for took, or had not come after, so long. One pause may delay many at once."""
+    def slow(self, now_s: float, took_s: float, spent: float = 1.0) -> None:
+        """A proposal that was waited for took, or had not come after, so long: `spent` of the patience with it.
+
+        One pause may delay many at once.
+        """
         if self.in_use and now_s - took_s >= self._since_s:
-            self.in_use = False
-            self._grow_slower(now_s, took_s)
+            self._spent += spent
+            if self._spent >= 1.0:
+                self.in_use = False
+                self._grow_slower(now_s, took_s)
         elif not self.in_use:
             self._back_off(now_s, took_s)
 
@@ -80,7 +88,7 @@ class DraftPace:
         """The answer came, or (None) none will."""
         self._tried = False
         if timely:
-            self.in_use, self._since_s = True, now_s
+            self.in_use, self._since_s, self._spent = True, now_s, 0.0
         elif took_s is not None:
             self._grow_slower(now_s, took_s)
         else:
@@ -157,7 +165,7 @@ class ProposeDeadline:
         elif timely:
             asked.pace.timely()
         else:
-            asked.pace.slow(now_s, took_s)
+            asked.pace.slow(now_s, took_s, min(1.0, took_s / self.patience_s(asked.num_draft_tokens)))
         return timely
 
     def is_lost(self, asked: Asked, now_s: float) -> bool:

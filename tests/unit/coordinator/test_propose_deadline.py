@@ -94,6 +94,24 @@ def test_a_slow_worker_is_tried_at_once_and_used_again_when_it_is_quick() -> Non
     assert pace.in_use
 
 
+def test_slow_proposals_that_came_count_by_what_they_took_of_the_patience() -> None:
+    deadline = seen(0.01)
+    patience_s, num_answered = deadline.patience_s(4), 0
+    while deadline.pace("a").in_use:
+        num_answered += 1
+        deadline.answered(asked(deadline), 0.7 * patience_s)
+    assert num_answered == 2
+
+
+def test_pauses_between_many_timely_proposals_do_not_add_up() -> None:
+    deadline = seen(0.01)
+    for _ in range(100):
+        deadline.answered(asked(deadline), 0.7 * deadline.patience_s(4))
+        for _ in range(10):
+            deadline.answered(asked(deadline), 0.001)
+    assert deadline.pace("a").in_use
+
+
 def test_each_slow_trial_doubles_the_time_to_the_next() -> None:
     pace, now_s, waits = DraftPace(), 0.0, []
     pace.slow(now_s, 0.1)

@@ -47,7 +47,7 @@ def test_a_draft_that_became_slow_costs_little_over_plain_decoding(
 
     slow = with_cluster(main)
     assert duration_s(slow) <= most * num_tokens * STEP_S
-    assert slow.statistics.num_drafts <= 2
+    assert slow.statistics.num_drafts <= 3
 
 
 @LENGTHS
@@ -109,5 +109,5 @@ def test_jitter_of_tens_of_milliseconds_does_not_turn_a_draft_off(num_draft_toke
         return await cluster.generate_one(600, num_draft_tokens)
 
     jittery = with_cluster(main)
-    assert jittery.statistics.num_drafts >= 160
-    assert duration_s(jittery) <= 0.75 * 600 * STEP_S
+    assert jittery.statistics.num_drafts >= 200
+    assert duration_s(jittery) <= 0.7 * 600 * STEP_S
