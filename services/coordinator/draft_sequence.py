@@ -174,9 +174,7 @@ class DraftSequence:
         """Goes on without; the answer, when it comes, tells how long it took."""
         fields = self._plan.log_fields(self._round)
         log.info("session %s decodes while the draft %s is late", self._plan.session_id, self.instance_id, extra=fields)
-        now_s = _now_s()
-        asked.pace.slow(now_s, now_s - asked.since_s)
-        if self._deadline.is_lost(asked, now_s):
+        if self._deadline.is_lost(asked, _now_s()):
             self._lose(_LATE)
 
     def _arrived(self, asked: Asked, result: Proposed) -> None:

@@ -65,7 +65,7 @@ class DraftPace:
         self._slowness = max(0.0, self._slowness - RECOVERY)
 
     def slow(self, now_s: float, took_s: float, spent: float = 1.0) -> None:
-        """A proposal that was waited for took, or had not come after, so long: `spent` of the patience with it.
+        """A proposal that was waited for, or has been, took so long, and with it `spent` of the patience.
 
         One pause may delay many at once.
         """
