@@ -5,8 +5,12 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPAT_VENV := .venv-compat
 COMPAT_TRANSFORMERS := 5.17.0
+# The interpreter of Triton 3.6, which comes with torch 2.11, knows no newer numpy, and warns of this one.
+COMPAT_NUMPY := 2.3.5
+# 2.11.0, the oldest that is supported, comes from PyPI with CUDA's libraries alone: 4 GB.
+COMPAT_TORCH ?= 2.13.0
+COMPAT_VENV := .venv-compat-$(COMPAT_TORCH)
 PROTOS := $(wildcard protos/outrider/v1/*.proto)
 # The contract as the oldest version has it that may run beside this one; replaced when that version is given up.
 PREDECESSOR := protos/outrider-v1.binpb
@@ -49,10 +53,11 @@ demo: model ## Start everything, send three prompts with and without speculation
 bench: model ## Measure the sample target over Outrider's own prompts (ARGS="--limit 8 ...")
 	@$(BIN)/outrider bench $(ARGS)
 
-bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly
+bench-simulated: setup ## Speed-up against the formula, overhead a round, plain decoding against the engine driven directly; held to their goals
 	$(BIN)/outrider bench --simulated --simulated-step-ms 100 --simulated-token-ms 10 --simulated-acceptance 0.7 --num-draft-tokens 4 --limit 4 --max-tokens 500 --json bench/results/simulated.json
 	$(BIN)/outrider bench --overhead --max-tokens 256 --json bench/results/overhead.json
 	$(BIN)/python bench/plain_overhead.py --json bench/results/plain_overhead.json
+	@$(BIN)/python -m bench.simulated_goals $(addprefix bench/results/,simulated.json overhead.json plain_overhead.json)
 
 bench-draft-length: setup ## The adaptive draft length against fixed ones, and plan's predictions, on simulated workers (draft_length.json, .png)
 	$(BIN)/python -m bench.draft_length $(ARGS)
@@ -84,11 +89,10 @@ lint: setup ## Format, lint, types, import contracts, protos
 	$(BIN)/buf breaking protos --against $(PREDECESSOR)
 
 check-distribution: setup ## Chi-square runs of verifier and engine against the exact distribution (half an hour)
-	$(BIN)/python -m pytest -q tests/distribution/test_engine.py
-	$(BIN)/python -m tests.distribution.check
+	$(BIN)/python -m tests.distribution.check --json bench/results/distribution.json
 
-check-mutants: setup ## Apply defects that break exactness or lose tokens and show which tests notice
-	$(BIN)/python -m tests.mutants
+check-mutants: setup ## Apply defects that break exactness or lose tokens: each test meant for one must fail (bench/results/mutants.json)
+	$(BIN)/python -m tests.mutants --json bench/results/mutants.json
 
 fuzz: setup ## Fuzz the request surface for three minutes (bench/results/fuzz.json; ARGS="--seconds 600 --seed 1000")
 	$(BIN)/python -m tests.fuzz --json bench/results/fuzz.json $(ARGS)
@@ -97,11 +101,18 @@ fuzz-quick: setup ## The same for 30 seconds
 	@$(BIN)/python -m tests.fuzz --seconds 30
 
 CHAOS_FAULTS ?= 150
-chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20)
-	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json bench/results/chaos.json $(ARGS)
+CHAOS_JSON := $(if $(filter 150,$(CHAOS_FAULTS)),bench/results,build)/chaos.json
+chaos: setup ## Kill, pause and cut off every part under load: no token may be lost (bench/results/chaos.json; CHAOS_FAULTS=20: build/chaos.json)
+	$(BIN)/python -m tests.chaos --faults $(CHAOS_FAULTS) --json $(CHAOS_JSON) $(ARGS)
 
 chaos-quick: setup ## The same with 20 faults
 	@$(BIN)/python -m tests.chaos --faults 20
+
+chaos-sample: model ## The same with 13 faults on the sample target and the sample draft in float32 (bench/results/chaos-sample.json)
+	$(BIN)/python -m tests.chaos --models sample --json bench/results/chaos-sample.json $(ARGS)
+
+check-chaos-mutants: setup ## Defects that lose tokens, or take writes of old leases: the chaos test has to notice (bench/results/chaos-mutants.json)
+	$(BIN)/python -m tests.chaos.mutants --json bench/results/chaos-mutants.json $(ARGS)
 
 check: lint test fuzz-quick chaos-quick ## What CI runs
 
@@ -130,20 +141,21 @@ chart: setup ## Package the Helm chart into build/
 	"$$($(BIN)/python -m deploy.tools.fetch helm)" package deploy/helm/outrider --destination build
 
 PROMPTS ?= services/cli/prompts.jsonl
-check-exact: model ## Tokens against transformers' generate: every drafter and draft length (PROMPTS=file)
+check-exact: model ## Tokens against transformers' generate: every drafter and draft length; how far bfloat16 diverges (PROMPTS=file)
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --json bench/results/exact.json
 	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --drafters model --draft sample-draft --json bench/results/exact-sample-draft.json
-	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0.5,1.0 --limit 12 --max-tokens 64 --json bench/results/exact-coupled.json
+	$(BIN)/python -m tests.exact.check_exact --prompts $(PROMPTS) --draft sample-draft --temperatures 0,0.5,1.0 --limit 8 --max-tokens 64 --num-draft-tokens 4 --dtype bfloat16 --json bench/results/exact-bfloat16.json
 
 $(COMPAT_VENV)/.installed: constraints.txt pyproject.toml | protos/gen/.generated
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
-	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==2.13.0 setuptools
+	sed -e 's/^transformers==.*/transformers==$(COMPAT_TRANSFORMERS)/' -e 's/^torch==.*/torch==$(COMPAT_TORCH)/' -e 's/^numpy==.*/numpy==$(COMPAT_NUMPY)/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt torch==$(COMPAT_TORCH) setuptools
 	$(COMPAT_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(COMPAT_VENV)/constraints.txt --no-build-isolation -e '.[engine,local,traces,dev]'
 	@touch $@
 
-check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own
-	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
+check-compat: setup $(COMPAT_VENV)/.installed ## The engine's tests with the oldest transformers that it supports, in a virtual environment of its own (COMPAT_TORCH=2.11.0)
+	$(COMPAT_VENV)/bin/python -m pytest -n 2 --dist worksteal -W 'ignore:Conversion of an array:DeprecationWarning' -m 'not slow and not gpu and not sample_model' tests/unit/engine tests/unit/target tests/unit/draft tests/integration/test_workers.py tests/integration/test_tensor_parallel.py
 
 check-metrics: setup ## Dashboard and alerts in a real Prometheus that scrapes real services (Debian's package prometheus)
 	@command -v prometheus promtool >/dev/null || { echo "install Debian's package prometheus first" >&2; exit 1; }
@@ -156,4 +168,4 @@ format: setup ## Format the code and sort the imports
 clean: ## Remove the virtual environment, the stubs and every cache of this checkout
 	rm -rf $(VENV) $(COMPAT_VENV) protos/gen build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load
+.PHONY: help stubs setup model demo bench bench-simulated bench-commit bench-draft-length bench-draft-losses bench-engine bench-gpu test test-gpu lint check check-compat check-exact check-metrics format clean fuzz fuzz-quick chaos chaos-quick chaos-sample check-chaos-mutants check-distribution check-mutants check-deploy check-upgrade images images-base check-images chart load

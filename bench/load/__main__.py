@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import click
-from rich.table import Table
 
+from bench.goals import Goal, goal_table
 from bench.load import delay, overload, sessions, slow_clients
-from bench.load.goals import Goal
 from bench.load.report import tables_of
 from services.cli.bench.machine import environment
 from services.cli.terminal import notices, progress_bar, results
@@ -73,19 +72,11 @@ def main(chosen: str, json_file: Path | None) -> None:
             figures[name] = known[name].measure(lambda: progress.advance(task))
             gc.collect()  # grpc.aio stays with the event loop of its last channel as long as that is referred to
     for name, measured in figures.items():
-        for table in (*tables_of(measured), _goal_table(name, measured.goals)):
+        for table in (*tables_of(measured), goal_table(name, measured.goals)):
             results().print(table)
     if json_file is not None:
         _write(json_file, {name: _as_object(measured) for name, measured in figures.items()})
     sys.exit(any(not goal.met for measured in figures.values() for goal in measured.goals))
-
-
-def _goal_table(name: str, goals: tuple[Goal, ...]) -> Table:
-    table = Table(f"{name}: goal", "wanted", "measured", "met")
-    for goal in goals:
-        measured = "not measured" if goal.value is None else f"{goal.value:.4g}"
-        table.add_row(goal.name, goal.wanted, measured, "yes" if goal.met else "[bold red]no")
-    return table
 
 
 def _as_object(measured: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.draft_length.measure import Runner, Taken, alphas_of
+from bench.goals import Goal
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal
 from bench.proxy import ProxyThread, round_trip_ms
 from services.cli.plan.setting import Setting, Times
 from services.cli.plan.simulation import simulate

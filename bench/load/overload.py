@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.goals import Goal, ratio
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal, ratio
 from bench.load.requests import NO_RETRY, Answer, Requests, after, reasons, tpot_of
 from bench.load.watch import Watched, watching
 from services.cli.bench.report import Percentiles

@@ -1,4 +1,4 @@
-"""A thousand sessions at once, at about a round a second each, on one coordinator and on two.
+"""A thousand sessions at once, at a round a second each or more, on one coordinator and on two.
 
 Owns: that comparison. Must not know: how it is shown.
 
@@ -20,14 +20,16 @@ from typing import NamedTuple
 
 import psutil
 
+from bench.goals import Goal, ratio
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal, ratio
 from bench.load.requests import NO_RETRY
 from services.cli.bench.report import Percentiles
 from services.client import GenerateOptions, OutriderClient
 from services.common.errors import OutriderError
 
 MAX_CPU_RATIO = 1.1
+LEAST_ROUNDS_PER_S = 1.0
+"""Of each session."""
 _PROMPT = "Tell me of the sea, and of ships."
 """One for all, of two blocks and a token, so that prefill holds no rounds up; seeds make the sessions differ."""
 _POLL_S = 0.1
@@ -38,13 +40,13 @@ _NEVER_ENDING = 30_000
 
 @dataclass(frozen=True, slots=True)
 class SessionsPlan:
-    """`step_ms` and `token_ms` make a round of 4 draft tokens last about a second, with what the burst of all sessions
-    takes on two cores: opened one after the other, they share two steps of the target that take turns."""
+    """`step_ms` and `token_ms` make a round of 4 draft tokens last somewhat less than a second, with what the burst of
+    all sessions takes on two cores: opened one after the other, they share two steps of the target that take turns."""
 
     num_sessions: int = 1000
     num_seconds: float = 15.0
     num_repeats: int = 2
-    step_ms: float = 450.0
+    step_ms: float = 300.0
     token_ms: float = 5.0
 
 
@@ -84,7 +86,11 @@ class SessionsFigures:
         return (
             Goal("failed sessions", sum(run.num_failed for run in self.runs), 0),
             Goal("sessions without a token in a phase", sum(run.num_stalled for run in self.runs), 0),
-            Goal("rounds a second and session", min(run.rounds_per_s_a_session for run in self.runs), least=0.9),
+            Goal(
+                "rounds a second and session",
+                min(run.rounds_per_s_a_session for run in self.runs),
+                least=LEAST_ROUNDS_PER_S,
+            ),
             Goal(
                 "CPU time a round, two coordinators over one",
                 ratio(self.cpu_ms_per_round(2), self.cpu_ms_per_round(1)),

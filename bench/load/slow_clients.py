@@ -22,14 +22,15 @@ from typing import Any
 import grpc.aio
 from outrider.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+from bench.goals import Goal, ratio
 from bench.load.cluster import COORDINATOR, LoadCluster, simulated
-from bench.load.goals import Goal, ratio
 from bench.load.requests import NO_RETRY, Answer, Requests, reasons, tpot_of
 from bench.load.watch import Watched, watching
 from services.cli.bench.report import Percentiles
 from services.client import GenerateOptions, OutriderClient
 from services.common.errors import Aborted
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, channel_options, error_from_rpc
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, channel_options
+from services.common.rpc_errors import error_from_rpc
 
 MAX_TPOT_RATIO = 1.1
 SLOW_CLIENT = "SLOW_CLIENT"

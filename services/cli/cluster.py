@@ -184,24 +184,20 @@ class Cluster:
         return next((process for process in self._processes.values() if not process.running), None)
 
     def _start(self) -> None:
+        """Each process as soon as what it needs is there: a target loads while the drafts are prepared."""
         spec = self._spec
         check_ports(spec.coordinator_port, *spec.draft_ports, *spec.target_ports)
         target = prepare_model(spec.target)
-        prepared = [prepare_pool(pool, target) for pool in spec.pools]
         largest = next((pool.drafter for pool in spec.pools if needs_model(parse_chain(pool.drafter))), "ngram")
         num_cores = spec.threads or os.cpu_count() or 1
         threads = split_threads(num_cores, largest, spec.num_targets, len(spec.draft_ports))
-        redis = self._start_redis()
         for name, port in zip(self.targets, spec.target_ports, strict=True):
             flags = target_flags(dataclasses.replace(spec, target_port=port), target, threads.target)
             self._start_service(name, flags, threads.target)
-        for i, (name, port) in enumerate(zip(self.drafts, spec.draft_ports, strict=True)):
-            pool, (draft, tokenizer) = spec.pools[i // spec.num_drafts], prepared[i // spec.num_drafts]
-            spec_of_it = dataclasses.replace(spec, draft_port=port, drafter=pool.drafter, draft=pool.draft)
-            flags = draft_flags(spec_of_it, draft, threads.draft, target.directory, tokenizer)
-            self._start_service(name, flags, threads.draft)
+        self._start_drafts(target, threads.draft)
+        redis = self._start_redis()
         for name in (*self.targets, *self.drafts):
-            self._on_stage(f"loading the {name}")
+            self._on_stage(f"starting the {name}")
             self._await_ready(name, _WORKER_TIMEOUT_S)
         self._on_stage("starting the coordinator")
         targets = ",".join(self.address_of(name) for name in self.targets)
@@ -209,8 +205,17 @@ class Cluster:
         self._start_service("coordinator", coordinator_flags(spec, target.directory, redis, targets, drafts), 1)
         self._await_ready("coordinator", _COORDINATOR_TIMEOUT_S)
 
+    def _start_drafts(self, target: PreparedModel, threads: int) -> None:
+        spec = self._spec
+        prepared = [prepare_pool(pool, target) for pool in spec.pools]
+        for i, (name, port) in enumerate(zip(self.drafts, spec.draft_ports, strict=True)):
+            pool, (draft, tokenizer) = spec.pools[i // spec.num_drafts], prepared[i // spec.num_drafts]
+            spec_of_it = dataclasses.replace(spec, draft_port=port, drafter=pool.drafter, draft=pool.draft)
+            flags = draft_flags(spec_of_it, draft, threads, target.directory, tokenizer)
+            self._start_service(name, flags, threads)
+
     def _await_ready(self, name: str, timeout_s: float) -> None:
-        ready = self._processes[name].wait_ready(timeout_s)
+        ready = self._processes[name].wait_ready(timeout_s, lambda stage: self._on_stage(f"{name}: {stage}"))
         self._ports[name], self._metrics_ports[name] = ready.port, ready.metrics_port
 
     def _start_service(self, name: str, flags: list[str], threads: int) -> None:

@@ -1,5 +1,7 @@
 """`outrider demo`: three prompts on a cluster of its own, streamed, plain and speculative, and what came of it.
 
+Each of them is cold in both modes: a cache salt of its own keeps it from the prefix that the other mode left cached.
+
 Owns: which prompts, and how they are shown. Must not know: how processes run, how text is coloured.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,11 +82,15 @@ async def _compare_all(address: str, max_tokens: int) -> list[Comparison]:
         for kind, category in KINDS.items():
             conversation = next(c for c in conversations if c.category == category)
             _print_prompt(console, kind, conversation)
-            speculative, speculative_s = await _stream(client, conversation, options)
+            speculative, speculative_s = await _stream(client, conversation, _cold(options))
             with notices().status("the same without speculation"):
-                plain, plain_s = await _timed(client, conversation, plain_options)
+                plain, plain_s = await _timed(client, conversation, _cold(plain_options))
             comparisons.append(Comparison(kind, plain, plain_s, speculative, speculative_s))
     return comparisons
+
+
+def _cold(options: GenerateOptions) -> GenerateOptions:
+    return dataclasses.replace(options, cache_salt=str(uuid.uuid4()))
 
 
 def _print_prompt(console: Console, kind: str, conversation: Conversation) -> None:
@@ -125,7 +133,7 @@ def _table(comparisons: Sequence[Comparison], title: str) -> Table:
 
 
 def _plain_rate(group: Sequence[Comparison]) -> float:
-    """Tokens per second, prefill included."""
+    """Tokens per second, the prefill of a cold prompt included."""
     return sum(len(c.plain.tokens) for c in group) / sum(c.plain_s for c in group)
 
 

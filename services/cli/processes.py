@@ -101,11 +101,19 @@ class Process:
                 raise CommandFailed(message, detail=self.last_lines())
             time.sleep(_POLL_S)
 
-    def wait_ready(self, timeout_s: float) -> Ready:
-        """Waits for the ready line on its standard output. Raises CommandFailed as wait_until does."""
+    def wait_ready(self, timeout_s: float, on_stage: Callable[[str], None] = lambda stage: None) -> Ready:
+        """Waits for the ready line on its standard output; `on_stage` hears what it is at, where its log says so.
+
+        Raises CommandFailed as wait_until does.
+        """
         found: list[Ready] = []
+        told = ""
 
         def seen() -> bool:
+            nonlocal told
+            if (stage := last_stage(self._err.read_text(errors="replace"))) != told:
+                told = stage
+                on_stage(stage)
             if not found and (ready := ready_line(self._out.read_text(errors="replace"))):
                 found.append(ready)
             return bool(found)
@@ -129,6 +137,12 @@ class Process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
+
+
+def last_stage(log: str) -> str:
+    """What was begun last, of the lines that a service's Reporter writes: "Loading x ..."; empty if there is none."""
+    begun = [line for line in log.splitlines(keepends=True) if line.endswith(" ...\n")]
+    return begun[-1].removesuffix(" ...\n") if begun else ""
 
 
 def ready_line(output: str) -> Ready | None:

@@ -25,7 +25,7 @@ from services.client.status import ClusterStatus, status_from_proto
 from services.client.values import GenerateOptions, Prompt, Result, RetryPolicy, ServedModel, SessionRecord
 from services.client.wire import model_from_proto, request_to_proto, session_from_proto
 from services.common.errors import OutriderError, Unavailable
-from services.common.rpc import error_from_rpc
+from services.common.rpc_errors import error_from_rpc
 
 T = TypeVar("T")
 _UNARY_TIMEOUT_S = 10.0

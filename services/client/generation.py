@@ -23,7 +23,7 @@ from services.client.values import Chunk, Result, RetryPolicy, Token
 from services.client.wire import finish_reason_from_proto, statistics_from_proto, tokens_from_proto
 from services.common.errors import Aborted, DataLoss, Internal, OutriderError, ResourceExhausted, Unavailable
 from services.common.patience import patience
-from services.common.rpc import error_from_rpc
+from services.common.rpc_errors import error_from_rpc
 
 _CROWDED, _TOO_LARGE = "RESOURCE_EXHAUSTED", "larger than max"
 """Reason of an exhaustion without ErrorInfo, and what its text has where the message was too large: all others come

@@ -60,6 +60,7 @@ def request_to_proto(
             stop_token_ids=options.stop_token_ids,
             fork=fork,
             fork_len=fork_len,
+            cache_salt=options.cache_salt,
         )
         _set_prompt(request, prompt)
     except (ValueError, TypeError) as error:

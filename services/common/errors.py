@@ -6,11 +6,12 @@
     ├── FailedPrecondition                VOCAB_MISMATCH, MODEL_MISMATCH, MODEL_CHANGED, SESSION_CLOSED, UNSUPPORTED
     ├── Aborted                           STALE, OWNERSHIP_LOST, SESSION_BUSY, SLOW_CLIENT, UNKNOWN_SEQUENCE
     ├── PermissionDenied                  WRONG_PEER
-    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL, RATE_LIMITED, TOO_MANY_SESSIONS (retriable),
+    ├── ResourceExhausted                 QUEUE_FULL, KV_POOL_FULL, RATE_LIMITED, TOO_MANY_SESSIONS,
+    │                                     TOO_MANY_CALLS (retriable),
     │                                     TOO_LONG_FOR_POOL, SESSION_LIMIT, TOKEN_LIMIT (not)
     ├── Unavailable                       STARTING, DRAINING, MOVED, STORE_UNAVAILABLE, NO_TARGET, NO_DRAFT,
     │                                     STREAM_BROKEN
-    ├── DeadlineExceeded                  DEADLINE
+    ├── DeadlineExceeded                  DEADLINE, NO_MESSAGE
     ├── Unauthenticated                   BAD_CREDENTIALS
     ├── DataLoss                          TOKENS_LOST
     └── Internal                          DEFECT; the detail is in the log

@@ -7,16 +7,16 @@ e-mail address or a common name is no name of a service.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from services.common.errors import PermissionDenied
-from services.common.rpc import abort
+from services.common.handlers import Context, Handler, prepared
+from services.common.rpc_errors import abort
 
 _NAME_PROPERTIES = ("peer_dns", "peer_uri")
 
@@ -33,39 +33,14 @@ class PeerNames(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         handler = await continuation(details)
-        return handler and self._guarded(handler)
+        return handler and prepared(handler, self._check)
 
-    async def _check(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _check(self, request: Any, context: Context) -> Any:
         properties = context.auth_context()
         names = [name.decode() for key in _NAME_PROPERTIES for name in properties.get(key, ())]
         if not any(map(self.admits, names)):
             shown = ", ".join(names) or "no name"
             await abort(context, PermissionDenied("WRONG_PEER", f"a peer with {shown} may not call this service"))
-
-    def _guarded(self, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        """The same handler behind the check. All handlers of these servers are coroutines and async generators."""
-
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            await self._check(context)
-            return await (handler.stream_unary if handler.request_streaming else handler.unary_unary)(request, context)
-
-        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            await self._check(context)
-            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            async with contextlib.aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
-
-        make = _MAKERS[handler.request_streaming, handler.response_streaming]
-        wrapped = stream if handler.response_streaming else unary
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
-
-
-_MAKERS: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
+        return request

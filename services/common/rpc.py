@@ -1,6 +1,6 @@
-"""gRPC plumbing that every service and client shares: channel and server options, errors on the wire, a server's life.
+"""gRPC plumbing that every service and client shares: channel and server options, servicers, a server's life.
 
-Owns: the only mapping between the exception tree and gRPC status codes, and the decoding of raw request bytes.
+Owns: the options, the decoding of raw request bytes, and that what a method raises becomes its status.
 Must not know: what any service does.
 """
 
@@ -15,28 +15,19 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
-from services.common.errors import (
-    ERROR_DOMAIN,
-    ERRORS_BY_CODE,
-    Internal,
-    InvalidArgument,
-    OutriderError,
-    Unavailable,
-)
+from services.common.errors import Internal, InvalidArgument, OutriderError
+from services.common.first_message import FirstMessage
 from services.common.probe import ProbeServer
+from services.common.rpc_errors import abort, code_name
 from services.common.tally import CallTally
 
 log = logging.getLogger(__name__)
-_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 M = TypeVar("M", bound=Message)
 
 MAX_WORKER_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -77,6 +68,8 @@ class ServerLimits:
     """That Python has not looked at yet. Of those beyond, gRPC answers some CANCELLED, beyond three times this all."""
     handshake_s: float = 10.0
     """For TLS and HTTP/2 together: a peer that has not said its settings by then is disconnected."""
+    message_s: float = 10.0
+    """For the one message of a call with a single request, all of it; then the call is ended."""
     max_idle_s: float = 600.0
     """A connection without calls is told to go after this long; clients connect again when they need to."""
 
@@ -102,58 +95,6 @@ def server_options(limits: ServerLimits) -> list[tuple[str, int]]:
 def connection_age(max_s: int) -> list[tuple[str, int]]:
     """Of a server: after `max_s` a connection is told to go once its calls have ended; 0: never."""
     return [("grpc.max_connection_age_ms", 1000 * max_s)] if max_s else []
-
-
-# --- Errors ---------------------------------------------------------------------------------------------------------
-
-
-def status_from_error(error: OutriderError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo; plus BadRequest where a field is named, RetryInfo where a retry may help."""
-    status = status_pb2.Status(code=error.code, message=error.message)
-    metadata = dict(error.metadata, **({"field": error.field} if error.field else {}))
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)]
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_ms:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(error.retry_after_ms)
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-def error_from_rpc(error: grpc.aio.AioRpcError) -> OutriderError:
-    """The exception that a server raised, rebuilt from the status; a transport's own failure becomes STREAM_BROKEN."""
-    code, text = error.code().value[0], error.details() or error.code().name
-    reason, metadata, field, retry_after_ms = "", {}, None, None
-    with contextlib.suppress(DecodeError, ValueError):  # details may be undecodable, or another status than the call's
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # only its three accessors are used
-        for detail in status.details if status else ():
-            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-            if detail.Unpack(info):
-                reason, metadata = info.reason, dict(info.metadata)
-                field = metadata.pop("field", None)
-            elif detail.Unpack(retry):
-                retry_after_ms = retry.retry_delay.ToMilliseconds()
-    if not reason:
-        reason = "STREAM_BROKEN" if code == Unavailable.code else error.code().name
-    kind = ERRORS_BY_CODE.get(code, Internal)
-    return kind(reason, text, field=field, retry_after_ms=retry_after_ms, metadata=metadata)
-
-
-def code_name(error: OutriderError) -> str:
-    """Its status code, as metrics call it."""
-    return _CODE_NAMES[error.code]
-
-
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OutriderError) -> None:
-    """Ends the call with the error's status. Always raises."""
-    status = rpc_status.to_status(status_from_error(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
 
 
 # --- Servicers ------------------------------------------------------------------------------------------------------
@@ -270,7 +211,7 @@ class GrpcServer:
         self._calls = calls or CallTally()
         self._server = grpc.aio.server(
             options=[*server_options(limits), *connection_age(max_connection_age_s)],
-            interceptors=interceptors,
+            interceptors=[*interceptors, FirstMessage(limits.message_s, self._calls)],
             maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
         )
         self._credentials = credentials

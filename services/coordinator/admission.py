@@ -33,6 +33,7 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_CACHE_SALT_BYTES = 128
 MAX_MESSAGES = 1024
 MAX_MAX_TOKENS = 1 << 20
 MIN_TEMPERATURE = 1e-5
@@ -83,6 +84,7 @@ def admit(message: coordinator_pb2.GenerateRequest, limits: Limits) -> Generatio
         include_special_tokens=message.include_special_tokens,
         resume=_resume(message, max_tokens, limits),
         fork=fork,
+        cache_salt=_cache_salt(message.cache_salt),
     )
     if request.num_top_log_probs and not request.log_probs:
         raise _invalid("num_top_log_probs", "needs log_probs")
@@ -197,6 +199,12 @@ def _draft(name: str, limits: Limits) -> str:
     if name and name not in limits.drafts:
         raise _invalid("draft", f"no draft pool {name[:80]!r}; there is {', '.join(limits.drafts) or 'none'}")
     return name
+
+
+def _cache_salt(salt: str) -> str:
+    if (num_bytes := len(salt.encode())) > MAX_CACHE_SALT_BYTES:
+        raise _invalid("cache_salt", f"{num_bytes} bytes exceed the limit of {MAX_CACHE_SALT_BYTES}")
+    return salt
 
 
 def _num_draft_tokens(message: coordinator_pb2.GenerateRequest, limits: Limits) -> int | None:

@@ -1,22 +1,24 @@
 """Who a request comes from.
 
-Owns: reading and refusing credentials, before a message is read. Must not know: what is asked.
+Owns: reading and refusing credentials, before a message has come. Must not know: what is asked.
 The key itself never leaves this module: not into a log, an error or a record.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 
 from services.common.api_keys import KeyFile, KeyOwner
 from services.common.errors import OutriderError, Unauthenticated
-from services.common.rpc import abort, code_name
+from services.common.rpc_errors import abort, code_name
 from services.common.session_store import ANONYMOUS
 from services.common.tally import OTHER, CallTally
+from services.coordinator.open_calls import OpenCalls
 from services.coordinator.quotas import Quotas
 
 _HEADER, _SCHEME = "authorization", "bearer "
@@ -47,31 +49,46 @@ class Authenticator:
 
 
 class ApiKeys(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known key, and those that come too fast. Health is open to all.
+    """Refuses calls without a known key, and those that come too fast or are too many at once. Health is open to all,
+    but those calls are counted together.
 
     `calls` counts the refusals, by `methods`; others are whatever strangers make up, and count as one.
     """
 
     def __init__(
-        self, authenticator: Authenticator, quotas: Quotas, calls: CallTally, methods: Collection[str] = ()
+        self,
+        authenticator: Authenticator,
+        quotas: Quotas,
+        open_calls: OpenCalls,
+        calls: CallTally,
+        methods: Collection[str] = (),
     ) -> None:
         self._authenticator = authenticator
         self._quotas = quotas
+        self._open_calls = open_calls
         self._calls = calls
         self._methods = frozenset(methods)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if not details.method.startswith(_OPEN_TO_ALL):
-            try:
-                await self._quotas.count_request(self._authenticator.identify(details.invocation_metadata))
-            except OutriderError as error:
-                method = details.method.rpartition("/")[2]
-                self._calls.ended(method if method in self._methods else OTHER, code_name(error), error.reason)
-                return _refusing(error)
+        try:
+            await self._admit(details)
+        except OutriderError as error:
+            method = details.method.rpartition("/")[2]
+            self._calls.ended(method if method in self._methods else OTHER, code_name(error), error.reason)
+            return _refusing(error)
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(details)
         return handler
+
+    async def _admit(self, details: grpc.HandlerCallDetails) -> None:
+        """Raises what refuses the call, which is counted as open as long as its task lives: however that ends."""
+        is_open = details.method.startswith(_OPEN_TO_ALL)
+        owner = None if is_open else self._authenticator.identify(details.invocation_metadata)
+        leave = self._open_calls.enter(owner)
+        cast("asyncio.Task[None]", asyncio.current_task()).add_done_callback(lambda _: leave())
+        if owner:
+            await self._quotas.count_request(owner)
 
 
 def _refusing(error: OutriderError) -> grpc.RpcMethodHandler[Any, Any]:

@@ -28,7 +28,7 @@ from services.common.tls_files import TlsFiles
 from services.common.values import MAX_DRAFT_TOKENS
 from services.coordinator.committer import Outage
 from services.coordinator.discovery import Source, parse_source
-from services.coordinator.tokenizer_set import parse_tokenizers
+from services.coordinator.tokenizer_set import ANY, parse_tokenizers
 
 AUTO = "auto"
 DEFAULT_DRAFT = "default"
@@ -43,6 +43,8 @@ class DraftPoolConfig(NamedTuple):
     name: str
     sources: tuple[Source, ...]
     weight: float
+    model: str = ""
+    """Name of the target model that it serves; empty: every one that it fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,9 @@ class CoordinatorConfig(SecurityConfig):
     targets: str = setting("127.0.0.1:50053", f"Target workers, separated by commas, {WORKERS_HELP}.")
     drafts: str = setting(
         "",
-        f"Draft workers, separated by commas, {WORKERS_HELP}, as [POOL=]WORKER[@WEIGHT]; empty decodes plainly. "
-        "Workers of one name are a pool; requests that name none are spread over the pools by their weights.",
+        f"Draft workers, separated by commas, {WORKERS_HELP}, as [POOL[:MODEL]=]WORKER[@WEIGHT]; empty decodes "
+        "plainly. Workers of one name are a pool, for the targets of MODEL or, without one, for all that it fits; "
+        "requests that name no pool are spread over those for their model by the weights.",
     )
     dns_interval_s: float = setting(5.0, "Seconds after which a dns:/// name is resolved again.")
     tokenizer: str = setting(
@@ -144,7 +147,7 @@ class CoordinatorConfig(SecurityConfig):
         parse_tokenizers(self.tokenizer)
         if not self.target_sources:
             raise ConfigError("targets: name at least one worker")
-        _ = self.draft_pools  # raises what is wrong with them
+        self._check_draft_pools()
         self._check_peers()
         fixed = self.fixed_num_draft_tokens
         if fixed is not None and not 0 <= fixed <= self.max_draft_tokens:
@@ -178,6 +181,16 @@ class CoordinatorConfig(SecurityConfig):
         except ValueError:
             raise ConfigError(f"num_draft_tokens: {self.num_draft_tokens!r} is neither a number nor {AUTO}") from None
 
+    def _check_draft_pools(self) -> None:
+        """That they make sense, and serve models that this coordinator can serve."""
+        models = self.tokenizers
+        for pool in self.draft_pools:
+            if pool.model and pool.model not in models and ANY not in models:
+                raise ConfigError(
+                    f"drafts: the pool {pool.name} serves the model {pool.model}, which has no tokenizer; there is one "
+                    f"for {', '.join(models)}"
+                )
+
     def _check_peers(self) -> None:
         """That nothing leaves this machine in plaintext unasked."""
         if self.tls_client_ca and not self.has_tls:
@@ -201,6 +214,7 @@ class CoordinatorConfig(SecurityConfig):
 
 class _DraftPart(NamedTuple):
     pool: str
+    model: str
     source: Source
     weight: float | None
 
@@ -210,23 +224,30 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _draft_part(text: str) -> _DraftPart:
-    """Of [POOL=]WORKER[@WEIGHT]. Raises ConfigError."""
-    name, _, rest = text.rpartition("=")
+    """Of [POOL[:MODEL]=]WORKER[@WEIGHT]. Raises ConfigError."""
+    left, _, rest = text.rpartition("=")
+    name, colon, model = (part.strip() for part in left.partition(":"))
+    if colon and not model:
+        raise ConfigError(f"drafts: {text!r}: there is no model after the colon")
     worker, at, weight_text = rest.partition("@")
     source = parse_source("drafts", worker.strip())
     if not at:
-        return _DraftPart(name.strip() or DEFAULT_DRAFT, source, None)
+        return _DraftPart(name or DEFAULT_DRAFT, model, source, None)
     try:
         weight = float(weight_text)
     except ValueError:
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise ConfigError(f"drafts: {text!r}: the weight must be a number, 0 or more")
-    return _DraftPart(name.strip() or DEFAULT_DRAFT, source, weight)
+    return _DraftPart(name or DEFAULT_DRAFT, model, source, weight)
 
 
 def _draft_pool(name: str, parts: list[_DraftPart]) -> DraftPoolConfig:
     weights = {part.weight for part in parts if part.weight is not None}
     if len(weights) > 1:
         raise ConfigError(f"drafts: the pool {name} has several weights")
-    return DraftPoolConfig(name, tuple(part.source for part in parts), weights.pop() if weights else 1.0)
+    models = {part.model for part in parts if part.model}
+    if len(models) > 1:
+        raise ConfigError(f"drafts: the pool {name} has several models; give each its own pool")
+    sources = tuple(part.source for part in parts)
+    return DraftPoolConfig(name, sources, weights.pop() if weights else 1.0, models.pop() if models else "")

@@ -33,13 +33,19 @@ class DraftShare:
 
 
 class DraftPool:
-    """Draft workers of one kind."""
+    """Draft workers of one kind, for the targets of one model; an empty `model`: for all targets that they fit."""
 
     def __init__(
-        self, name: str, weight: float, workers: WorkerPool[DraftItem, DraftResult], propose_timeout_s: float = 5.0
+        self,
+        name: str,
+        weight: float,
+        workers: WorkerPool[DraftItem, DraftResult],
+        propose_timeout_s: float = 5.0,
+        model: str = "",
     ) -> None:
         self.name = name
         self.weight = weight
+        self.model = model
         self.workers = workers
         self.new_policy: Callable[[str], LengthPolicy] = lambda model: LengthPolicy()
         """Makes the policy for a model, by its name."""
@@ -62,6 +68,10 @@ class DraftPool:
         workers = sorted(self.workers.workers, key=lambda worker: not worker.link.up)
         return next((worker.link.info for worker in workers if worker.link.info), None)
 
+    def serves(self, model: str) -> bool:
+        """Whether it is for the targets of that name, fit or not."""
+        return not self.model or self.model == model
+
     def fits(self, kind: TargetKind) -> bool:
         """Whether a worker is connected that may draft for such targets."""
         return any(worker.link.up and _fits(worker.link.info, kind) for worker in self.workers.workers)
@@ -70,6 +80,10 @@ class DraftPool:
         """Whether workers are known, and none may draft for such targets."""
         infos = [worker.link.info for worker in self.workers.workers if worker.link.info]
         return bool(infos) and not any(_fits(info, kind) for info in infos)
+
+    def useless(self, kind: TargetKind, others: set[TargetKind]) -> bool:
+        """Whether, serving targets of that kind, it differs from them and from all `others` that it may draft for."""
+        return self.differs(kind) and (bool(self.model) or all(self.differs(other) for other in others))
 
 
 def placeable(pool: DraftPool, kind: TargetKind, num_tokens: int) -> list[DraftWorker]:
@@ -82,17 +96,20 @@ def placeable(pool: DraftPool, kind: TargetKind, num_tokens: int) -> list[DraftW
 def choose_pool(
     pools: Sequence[DraftPool], name: str, session_id: str, model: ModelInfo, kind: TargetKind, others: set[TargetKind]
 ) -> DraftPool | None:
-    """By name, else among those that fit, by weight. A session stays with its pool while that fits.
+    """By name, else among those that serve the model and fit, by weight. A session stays with its pool while that fits.
 
     None where there is no pool, or none but those of the `others` that are served. Raises FailedPrecondition
-    VOCAB_MISMATCH or MODEL_MISMATCH where the pool's proposals would mean nothing to the target.
+    VOCAB_MISMATCH or MODEL_MISMATCH where the pool's proposals would mean nothing to the target, or are for another.
     """
     if name:
         pool = next((pool for pool in pools if pool.name == name), None)
+        if pool and not pool.serves(model.name):
+            raise _other_model(pool, model)
     else:
-        fitting = [pool for pool in pools if pool.fits(kind)]
-        candidates = fitting or [pool for pool in pools if not pool.differs(kind)]
-        candidates = candidates or [pool for pool in pools if all(pool.differs(other) for other in others)]
+        serving = [pool for pool in pools if pool.serves(model.name)]
+        candidates = [pool for pool in serving if pool.fits(kind)]
+        candidates = candidates or [pool for pool in serving if not pool.differs(kind)]
+        candidates = candidates or [pool for pool in serving if pool.useless(kind, others)]
         pool = min(candidates, key=lambda pool: _rendezvous(session_id, pool), default=None)
     if pool and pool.differs(kind) and pool.info:
         raise _mismatch(pool.info, model, kind)
@@ -112,6 +129,13 @@ def _fits(draft: WorkerInfo | None, kind: TargetKind) -> bool:
         return False
     vocab_digest = draft.model.vocab_digest if draft.model else ""
     return not vocab_digest or vocab_digest == kind.vocab_digest
+
+
+def _other_model(pool: DraftPool, model: ModelInfo) -> FailedPrecondition:
+    return FailedPrecondition(
+        "MODEL_MISMATCH",
+        f"the draft pool {pool.name} serves the target model {pool.model}, not {model.name}; name another, or none",
+    )
 
 
 def _mismatch(draft: WorkerInfo, model: ModelInfo, kind: TargetKind) -> FailedPrecondition:

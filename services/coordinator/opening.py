@@ -260,7 +260,7 @@ def _plan(
         adaptive=request.wanted_num_draft_tokens is None,
         features=placed.draft is not None and placed.draft.wants_features,
         fork=fork,
-        cache_salt=cache_salt(request.owner_key),
+        cache_salt=cache_salt(request.owner_key, request.cache_salt),
     )
 
 

@@ -33,7 +33,7 @@ TargetWorker = PooledWorker[TargetItem, TargetResult]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A target model as clients see it, and the draft pools."""
+    """A target model as clients see it, and the draft pools that serve it."""
 
     model: ModelInfo
     kind: TargetKind
@@ -130,8 +130,10 @@ class Placement:
     @property
     def ready_drafts(self) -> dict[str, bool]:
         """Each pool by name, and whether it is connected and fits a target, as far as those are known."""
-        kinds = list(self._kinds.values())
-        return {pool.name: any(pool.fits(kind) for kind in kinds) if kinds else pool.up for pool in self._drafts}
+        kinds = list(self._kinds.items())
+        if not kinds:
+            return {pool.name: pool.up for pool in self._drafts}
+        return {pool.name: any(pool.serves(name) and pool.fits(kind) for name, kind in kinds) for pool in self._drafts}
 
     @property
     def draft_names(self) -> tuple[str, ...]:
@@ -240,12 +242,10 @@ class Placement:
         kind, info = self._kinds[name], self._models[name]
         able = self._placeable(name, kind)
         others = {other for other_name, other in self._kinds.items() if other_name != name}
-        useless = [p for p in self._drafts if p.differs(kind) and all(p.differs(other) for other in others)]
-        misfit = useless and not any(pool.fits(kind) for pool in self._drafts)
+        drafts = tuple(pool for pool in self._drafts if pool.serves(name))
+        misfit = any(p.useless(kind, others) for p in drafts) and not any(pool.fits(kind) for pool in drafts)
         lens = [_info(worker).max_sequence_len for worker in able] or [info.max_sequence_len]
-        return Served(
-            _model(info), kind, max(lens), self._drafts, bool(able) and self._has_tokenizer(name) and not misfit
-        )
+        return Served(_model(info), kind, max(lens), drafts, bool(able) and self._has_tokenizer(name) and not misfit)
 
     def _survey(self) -> None:
         """Takes note of the models that targets name, and of targets that differ from their model's pool."""

@@ -78,7 +78,11 @@ class GenerationPlan:
         )
 
 
-def cache_salt(owner_key: str) -> bytes:
+def cache_salt(owner_key: str, request_salt: str = "") -> bytes:
     """What tells one owner's cached prefixes and remembered outputs from another's on the workers, so that nobody can
-    tell by its own speed what others sent. It needs to be distinct, not secret: hashes never leave a worker."""
-    return b"" if owner_key == ANONYMOUS else hashlib.sha256(b"cache salt\0" + owner_key.encode()).digest()
+    tell by its own speed what others sent; and, within an owner's, those of one `request_salt` from those of another.
+    It needs to be distinct, not secret: hashes never leave a worker."""
+    owner_salt = hashlib.sha256(b"cache salt\0" + owner_key.encode()).digest()
+    if request_salt:
+        return hashlib.sha256(owner_salt + request_salt.encode()).digest()
+    return b"" if owner_key == ANONYMOUS else owner_salt

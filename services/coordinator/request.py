@@ -78,6 +78,8 @@ class GenerationRequest:
     include_special_tokens: bool
     resume: ResumePoint | None
     fork: Fork | None = None
+    cache_salt: str = ""
+    """Only requests of one owner and one salt share cached prefixes. It changes no token."""
     owner_key: str = ANONYMOUS
     """Whose sessions these are; others see none of them."""
     default_num_draft_tokens: int | None = None
@@ -91,12 +93,20 @@ class GenerationRequest:
     @property
     def digest(self) -> str:
         """SHA-256 over what must be equal when a request_id comes again, here or at a coordinator that is configured
-        otherwise: all that the client asked but ids, resume point and owner."""
+        otherwise: all that the client asked but ids, resume point, owner and what changes no token."""
         return hashlib.sha256(f"{self.input!r}\n{self.parameters()}".encode()).hexdigest()
 
     def parameters(self) -> str:
         """The parameters as JSON, for the session's record. The prompt is not among them."""
-        left_out = ("session_id", "request_id", "input", "resume", "owner_key", "default_num_draft_tokens")
+        left_out = [
+            "session_id",
+            "request_id",
+            "input",
+            "resume",
+            "owner_key",
+            "default_num_draft_tokens",
+            "cache_salt",
+        ]
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         values: dict[str, object] = {name: getattr(self, name) for name in names}
         values |= {"sampling": dataclasses.asdict(self.sampling), "verification": self.verification.value}

@@ -39,6 +39,7 @@ from services.coordinator.coordinator import Coordinator
 from services.coordinator.discovery import Source
 from services.coordinator.draft_pools import DraftPool
 from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
+from services.coordinator.open_calls import SPARE_CALLS, OpenCalls
 from services.coordinator.placement import Placement
 from services.coordinator.quotas import Quotas
 from services.coordinator.renewing_link import RenewingLink
@@ -52,8 +53,6 @@ from services.coordinator.worker_pool import ItemT, ResultT, WorkerPool
 log = logging.getLogger(__name__)
 
 _SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
-_SPARE_CALLS = 64
-"""Calls beside the generations: looks at sessions, health, and generations that wait to be refused."""
 _STORE_START_S = 10.0
 _WORKERS_START_S = 2.0
 _NOTICE_S = 0.2
@@ -135,17 +134,16 @@ def _server(config: CoordinatorConfig, authenticator: Authenticator, quotas: Quo
     limits = ServerLimits(
         max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
         max_connections=config.max_connections,
-        max_streams_a_connection=config.max_generations + _SPARE_CALLS,
-        max_concurrent_rpcs=2 * config.max_generations + _SPARE_CALLS,
+        max_streams_a_connection=config.max_generations + 2 * SPARE_CALLS,
+        max_concurrent_rpcs=2 * (config.max_generations + SPARE_CALLS),
     )
+    keys = ApiKeys(authenticator, quotas, OpenCalls(config.max_generations), calls, _SERVICE.methods_by_name)
     return GrpcServer(
         config.host,
         config.port,
         limits=limits,
         credentials=server_credentials(tls) if tls else None,
-        interceptors=[ApiKeys(authenticator, quotas, calls, _SERVICE.methods_by_name)]
-        if authenticator.required
-        else [],
+        interceptors=[keys] if authenticator.required else [],
         probe_port=config.probe_port_number,
         reflect=config.reflection,
         calls=calls,
@@ -164,6 +162,7 @@ def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement
             pool.weight,
             _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC, draft_channels),
             config.propose_timeout_s,
+            pool.model,
         )
         for pool in config.draft_pools
     ]

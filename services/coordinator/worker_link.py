@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from outrider.v1 import draft_pb2_grpc, target_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from services.common import rpc, wire, wire_draft, wire_target
+from services.common import rpc_errors, wire, wire_draft, wire_target
 from services.common.channels import Channels
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Internal, OutriderError, Unavailable
 from services.common.items import Close, DraftItem, DraftResult, Identity, Open, TargetItem, TargetResult
@@ -268,7 +268,7 @@ class WorkerLink(Generic[ItemT, ResultT]):
                     if lane is not None:
                         lane.deliver(result)
         except grpc.aio.AioRpcError as failure:
-            error = rpc.error_from_rpc(failure)
+            error = rpc_errors.error_from_rpc(failure)
         except OutriderError as failure:  # no message of the protocol
             error = failure
         except asyncio.CancelledError:
@@ -344,7 +344,7 @@ async def _ask(channel: grpc.aio.Channel, timeout_s: float) -> WorkerInfo:
     try:
         response = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from_rpc(error) from error
+        raise rpc_errors.error_from_rpc(error) from error
     except asyncio.CancelledError:
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise

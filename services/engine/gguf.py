@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import core_model_loading, modeling_gguf_pytorch_utils
 
 from services.common.errors import ModelUnsupported
-from services.engine.progress import Reporter
+from services.engine.loading_bars import loading_bars
+from services.engine.progress import Advance, Reporter
 
 
 @contextlib.contextmanager
@@ -41,17 +43,18 @@ def convert_gguf(source: Path, target: Path, reporter: Reporter) -> Path:
     """
     with atomic_directory(target) as work:
         try:
-            # transformers draws bars of its own on sys.stderr; the reporter already holds the real stream.
-            with reporter.task(f"Converting {source.name}"), contextlib.redirect_stderr(io.StringIO()):
-                _convert(source, work)
+            # What transformers draws on sys.stderr is not for people; the reporter already holds the real stream.
+            with reporter.task(f"Converting {source.name}") as advance, contextlib.redirect_stderr(io.StringIO()):
+                _convert(source, work, advance)
         except (ValueError, LookupError, NotImplementedError, RuntimeError, struct.error) as error:
             raise ModelUnsupported(f"{source.name} cannot be converted: {error}") from error
     return target
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, target: Path, advance: Advance) -> None:
     folder, name = str(source.parent), source.name
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    with loading_bars(advance, {modeling_gguf_pytorch_utils: "de-quantising", core_model_loading: "loading"}):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # A model read from a GGUF counts as quantised and refuses to be saved; its weights in a fresh model do not.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

@@ -8,6 +8,7 @@ dim), so that one block is one contiguous piece and a gather of blocks copies lo
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -32,7 +33,10 @@ def block_bytes(shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dt
 
 
 class KvPool:
-    """Zeroed at the start: slots never written are gathered as padding and must be finite."""
+    """Zeroed at the start: slots never written are gathered as padding and must be finite.
+
+    Raises MemoryError, or on a GPU what torch raises, where there is no room.
+    """
 
     def __init__(
         self,
@@ -46,8 +50,8 @@ class KvPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         layout = (num_blocks, block_size)
-        self._keys = [torch.zeros(*layout, s.num_kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
-        self._values = [torch.zeros(*layout, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        self._keys = [_zeros((*layout, s.num_kv_heads, s.key_dim), dtype, device) for s in shapes]
+        self._values = [_zeros((*layout, s.num_kv_heads, s.value_dim), dtype, device) for s in shapes]
         # The same memory as (blocks, values of a block), as (slots, heads, dim) and as (1, heads, slots, dim).
         self._key_blocks = [pool.flatten(1) for pool in self._keys]
         self._value_blocks = [pool.flatten(1) for pool in self._values]
@@ -89,6 +93,17 @@ class KvPool:
         indices = torch.tensor(list(blocks), dtype=torch.int64, device=self._keys[0].device)
         pools = (*self._keys[first_layer:], *self._values[first_layer:])
         return all(_is_finite(pool.index_select(0, indices)) for pool in pools)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """In main memory, pages that the kernel zeroes when they are first written: writing all of a pool takes seconds."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"not enough memory: {error.strerror}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _is_finite(values: torch.Tensor) -> bool:

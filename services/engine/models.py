@@ -6,21 +6,21 @@ the refusals that follow from it. Must not know: the pool, steps, sequences. No 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import core_model_loading
 from transformers.distributed import DistributedConfig
 
 from services.common.errors import ConfigError, ModelUnsupported
 from services.engine import paged_attention, quantisation
 from services.engine.feature_tap import FeatureTap
 from services.engine.kv_pool import LayerShape
+from services.engine.loading_bars import loading_bars
 from services.engine.paged_attention import LayerCall, ProbeStep
 from services.engine.progress import Reporter
 from services.engine.trained_draft import load_trained_draft
@@ -97,7 +97,8 @@ def load_model(
     trained draft. Raises ModelUnsupported with the reason it cannot be run exactly.
     """
     paged_attention.register()
-    with reporter.task(f"Loading {directory.name}"), _without_loading_bars():
+    stages = {core_model_loading: ""}
+    with reporter.task(f"Loading {directory.name}") as advance, loading_bars(advance, stages):
         config = load_config(directory)
         if target is not None:
             module = load_trained_draft(directory, config, target, dtype, paged_attention.IMPLEMENTATION)
@@ -218,16 +219,3 @@ def _max_sequence_len(config: Any) -> int:
         if parameters.get("rope_type") in ("longrope", "dynamic") and original is not None:
             limit = min(limit, int(original))
     return int(limit)
-
-
-@contextlib.contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """Hides the bars that transformers draws while loading: the reporter has one."""
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-Advance = Callable[[float], None]
-"""Takes the amount done so far, in the unit of the bar's total."""
+
+class Advance(Protocol):
+    """Takes the amount done so far, in the unit of the bar's total; the total where it was not known before."""
+
+    def __call__(self, done: float, *, total: float | None = None, stage: str = "") -> None:
+        """`stage`: what is being done of the task; each has a total of its own."""
 
 
 class Reporter:
@@ -33,11 +38,17 @@ class Reporter:
         if not self._console.is_terminal:
             started = time.monotonic()
             self.note(f"{description} ...")
-            yield lambda done: None
+            yield lambda done, *, total=None, stage="": None
             self.note(f"{description}: done in {time.monotonic() - started:.1f} s")
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(description, total=total)
-            yield lambda done: progress.update(task, completed=done)
-            progress.update(task, total=total or 1, completed=total or 1)
+            known = total
+
+            def advance(done: float, *, total: float | None = None, stage: str = "") -> None:
+                shown = f"{description}: {stage}" if stage else description
+                progress.update(task, completed=done, total=total or known, description=shown)
+
+            yield advance
+            progress.update(task, total=known or 1, completed=known or 1, description=description)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,15 +24,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.cli.bench.machine import environment
-from services.cli.cluster import SIMULATED, ClusterSpec
+from services.cli.cluster import SAMPLE, SAMPLE_DRAFT, SIMULATED, ClusterSpec
 from tests.chaos.conductor import Conductor
-from tests.chaos.faults import faults
+from tests.chaos.faults import DECK, faults
 from tests.chaos.fleet import Fleet, FleetSpec, running_fleet
 from tests.chaos.load import Load
+from tests.chaos.mutants import run_mutated
 from tests.chaos.replies import requests
-from tests.chaos.report import Findings, document, show
+from tests.chaos.report import FULL_RUN, Findings, document, show
+from tests.chaos.text import text_of_tokens
 from tests.chaos.watch import Watch
-from tests.mutants.__main__ import apply, copy_tree
 from tests.mutants.mutants import MUTANTS
 
 LEASE_S, KEEPALIVE_S = 1.5, 8.0
@@ -51,6 +50,8 @@ class Setup:
     token_ids: range
     max_tokens: range
     reply_s: float
+    num_faults: int
+    """Unless told otherwise."""
 
 
 SETUPS = {
@@ -69,14 +70,19 @@ SETUPS = {
         token_ids=range(32, 127),
         max_tokens=range(40, 160),
         reply_s=90.0,
+        num_faults=FULL_RUN,
     ),
-    "sample": Setup(
-        FleetSpec(ClusterSpec(target="sample", drafter="ngram", dtype="float32"), target_timeout_s=20.0),
+    SAMPLE: Setup(
+        FleetSpec(
+            ClusterSpec(target=SAMPLE, drafter="suffix,model", draft=SAMPLE_DRAFT, dtype="float32"),
+            target_timeout_s=20.0,
+        ),
         num_clients=6,
         num_requests=12,
         token_ids=range(1000, 40_000),
         max_tokens=range(16, 48),
         reply_s=240.0,
+        num_faults=DECK,
     ),
 }
 
@@ -93,7 +99,7 @@ async def run(setup: Setup, num_faults: int, seed: int, directory: Path) -> Find
 
 async def _run(setup: Setup, num_faults: int, choose: Random, directory: Path, fleet: Fleet, watch: Watch) -> Findings:
     asked = requests(setup.num_requests, choose, token_ids=setup.token_ids, max_tokens=setup.max_tokens)
-    load = Load(fleet.addresses, asked, watch, setup.reply_s)
+    load = Load(fleet.addresses, asked, watch, setup.reply_s, text_of_tokens(fleet.tokenizer))
     conductor = Conductor(fleet, load, watch, choose)
     with _progress(num_faults) as progress:
         task = progress.add_task("without faults", total=num_faults)
@@ -143,41 +149,31 @@ def _progress(num_faults: int) -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def run_mutated(name: str) -> int:
-    """The same run on a copy of the tree with that mutant; its exit status."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in (name, "--mutant", f"--mutant={name}")]
-    with tempfile.TemporaryDirectory(prefix="outrider-mutant-") as directory:
-        tree = Path(directory)
-        copy_tree(tree)
-        mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
-        if not all(apply(edit, tree) for edit in mutant.edits):
-            raise click.ClickException(f"the mutant {name!r} does not apply")
-        command = [sys.executable, "-m", "tests.chaos", *arguments]
-        return subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=False).returncode
-
-
 @click.command()
-@click.option("--faults", "num_faults", default=150, show_default=True, help="How many.")
+@click.option("--faults", "num_faults", type=click.IntRange(1), help="How many; 150, or 13 on sample models.")
 @click.option("--models", type=click.Choice(sorted(SETUPS)), default=SIMULATED, show_default=True)
 @click.option("--clients", type=int, help="How many at once.")
-@click.option("--seed", default=0, show_default=True, help="Of requests and faults.")
+@click.option("--seed", default=1, show_default=True, help="Of requests and faults.")
 @click.option("--mutant", type=click.Choice([m.name for m in MUTANTS]), help="Run with this defect in the services.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the findings there.")
 def main(
-    num_faults: int, models: str, clients: int | None, seed: int, mutant: str | None, json_file: Path | None
+    num_faults: int | None, models: str, clients: int | None, seed: int, mutant: str | None, json_file: Path | None
 ) -> None:
+    """Kill, pause and cut off parts under load; status 1 if anything was lost."""
     if mutant:
-        sys.exit(run_mutated(mutant))
+        others = [argument for argument in sys.argv[1:] if argument not in (mutant, "--mutant", f"--mutant={mutant}")]
+        sys.exit(run_mutated(mutant, others))
     setup = SETUPS[models]
     if clients:
         setup = dataclasses.replace(setup, num_clients=clients)
     directory = Path(tempfile.mkdtemp(prefix="outrider-chaos-"))
-    findings = uvloop.run(run(setup, num_faults, seed, directory))
+    findings = uvloop.run(run(setup, num_faults or setup.num_faults, seed, directory))
     show(findings, Console())
     if json_file:
         command = shlex.join(["python", "-m", "tests.chaos", *sys.argv[1:]])
         taken = dataclasses.asdict(environment([])) | {"command": command}
         about = {"models": models, "num_clients": setup.num_clients, "seed": seed, "environment": taken}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(document(findings, about), indent=2) + "\n")
     if findings.failed:
         sys.exit(f"the logs are in {directory}")

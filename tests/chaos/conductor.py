@@ -1,35 +1,30 @@
 """The run: one fault after the other, each to a part that has a generation in flight.
 
-Owns: which part is hit and when, and what is looked at around it. Must not know: how a fault is done, replies.
+Owns: when a fault comes, and what is looked at around it. Must not know: how a fault is done, what it hits, replies.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from tests.chaos.faults import CUTS, Fault, Kind, Role
+from tests.chaos.aim import Aim, aim
+from tests.chaos.faults import Fault, Kind, Role
 from tests.chaos.fleet import Fleet
 from tests.chaos.injection import inject
 from tests.chaos.load import Load
 from tests.chaos.memory import MemorySamples, Sample
-from tests.chaos.parts import Part
 from tests.chaos.watch import Watch
 
-_POLL_S = 0.05
-_MAX_WAIT_S = 30.0
 _GAP_S = (0.3, 1.0)
 _AFTER_REDIS_S = 1.5
 """From an outage of Redis to the next fault: a coordinator that is lost before its records are complete leaves them
 short, as documented."""
 _SAMPLE_S = 1.0
-
-
-class NothingInFlight(Exception):
-    """No part of a role has a generation in flight: there is no load."""
 
 
 @dataclass(slots=True)
@@ -45,11 +40,11 @@ class Conductor:
     crashes: list[str] = field(default_factory=list)
 
     async def conduct(self, schedule: Iterator[Fault], number: int, on_fault: Callable[[str], None]) -> None:
-        """Does `number` faults; `on_fault` hears of each in advance."""
-        for fault, _ in zip(schedule, range(number), strict=False):
-            part, instance_id = await self._pick(fault.role)
-            on_fault(f"{part.name}: {fault.kind.value}")
-            await self._do(fault, part, instance_id)
+        """Does `number` faults; `on_fault` hears of each in advance. Raises NothingInFlight."""
+        for fault in itertools.islice(schedule, number):
+            aimed = await aim(fault, self.fleet, self.watch, self.load, self.choose)
+            on_fault(f"{aimed.part.name}: {fault.kind.value}")
+            await self._do(fault, aimed)
             self.counts[fault.role, fault.kind] += 1
             await self._restart_crashed()
             await asyncio.sleep(self.choose.uniform(*_GAP_S))
@@ -63,22 +58,15 @@ class Conductor:
                     self.memory.add(part.role.value, name, Sample(self.load.tally.num_requests, memory_bytes))
             await asyncio.sleep(_SAMPLE_S)
 
-    async def _do(self, fault: Fault, part: Part, instance_id: str) -> None:
-        ways = part.proxies
-        if fault.kind in CUTS and fault.role is Role.REDIS and not fault.everywhere:
-            index, way = self.choose.choice([*enumerate(part.proxies)])
-            ways, instance_id = [way], (await self.fleet.ask(self.fleet.of(Role.COORDINATOR)[index])).instance_id
+    async def _do(self, fault: Fault, aimed: Aim) -> None:
+        """Awaits nothing before the fault begins."""
         is_outage = fault.role is Role.REDIS and fault.kind is not Kind.DELAY
-        holders = await self.watch.holders(self.load.session_ids)
-        hit = [
-            session_id for session_id, held in holders.items() if not instance_id or instance_id in held.instance_ids
-        ]
         if is_outage:
             self.watch.outage(True)
         if fault.role is Role.REDIS and fault.kind is Kind.DELAY:
             self.watch.every_chunk = True
-        self.load.fault_began((fault.role, fault.kind), hit)
-        await inject(fault, part, ways)
+        self.load.fault_began((fault.role, fault.kind), aimed.session_ids)
+        await inject(fault, aimed.part, aimed.ways)
         self.load.fault_ended()
         if fault.kind is Kind.KILL_WITH_DATA:
             self.load.data_lost()
@@ -86,19 +74,7 @@ class Conductor:
         if is_outage:
             self.watch.outage(False)
             await asyncio.sleep(_AFTER_REDIS_S)
-        await self.watch.write_late(holders)
-
-    async def _pick(self, role: Role) -> tuple[Part, str]:
-        """A part of that role with a generation in flight, and which instance it is; waits for one."""
-        deadline = asyncio.get_running_loop().time() + _MAX_WAIT_S
-        while asyncio.get_running_loop().time() < deadline:
-            parts = self.fleet.of(role)
-            self.choose.shuffle(parts)
-            for part in parts:
-                if (standing := await self.fleet.ask(part)).num_in_flight:
-                    return part, standing.instance_id
-            await asyncio.sleep(_POLL_S)
-        raise NothingInFlight(f"no {role.value} had a generation in flight for {_MAX_WAIT_S:g} s")
+        await self.watch.write_late(aimed.holders)
 
     async def _restart_crashed(self) -> None:
         """What has ended by itself is a defect; the run goes on."""

@@ -38,6 +38,10 @@ class Kind(enum.Enum):
 
 
 CUTS = (Kind.DELAY, Kind.DROP, Kind.RESET)
+KINDS = {role: tuple(k for k in Kind if k is not Kind.KILL_WITH_DATA or role is Role.REDIS) for role in Role}
+"""Which befall whom."""
+DECK = 13
+"""Faults in a row that hold each role and kind, whatever the way of being cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,8 @@ class Fault:
 
 
 def faults(choose: Random, lease_s: float, keepalive_s: float) -> Iterator[Fault]:
-    """Endless. Of 13 in a row each role is killed, paused and cut off once, and Redis is killed without its data; the
-    cuts take turns. Pauses outlast the lease, every third silence of a worker the keepalive too."""
+    """Endless. Of a DECK in a row each role is killed, paused and cut off once, and Redis is killed without its data;
+    the cuts take turns. Pauses outlast the lease, every third silence of a worker the keepalive too."""
     for number in range(1 << 30):
         cut = CUTS[number % len(CUTS)]
         deck = [Fault(Role.REDIS, Kind.KILL_WITH_DATA)]

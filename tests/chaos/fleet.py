@@ -31,6 +31,7 @@ from services.cli.cluster import (
     coordinator_flags,
     draft_flags,
     prepare_model,
+    prepare_pool,
     redis_binary,
     target_flags,
 )
@@ -56,7 +57,8 @@ class FleetSpec:
 
 
 class Standing(NamedTuple):
-    """How a part is: its instance, the generations at it, blocks of its KV pool in use. Nothing if it is silent."""
+    """How a part is: its instance, the generations at it, those that are being opened and those that have no token yet
+    included, blocks of its KV pool in use. Nothing if it is silent."""
 
     instance_id: str
     num_in_flight: int
@@ -71,9 +73,9 @@ class Standing(NamedTuple):
 class Fleet:
     """All parts."""
 
-    def __init__(self, parts: list[Part], redis_port: int) -> None:
-        self.parts = parts
-        self.redis_port = redis_port
+    def __init__(self, parts: list[Part], redis_port: int, tokenizer: str) -> None:
+        """`tokenizer`: the target's, `simulated` or its directory."""
+        self.parts, self.redis_port, self.tokenizer = parts, redis_port, tokenizer
 
     def of(self, role: Role) -> list[Part]:
         return [part for part in self.parts if part.role is role]
@@ -108,7 +110,12 @@ class Fleet:
 async def _ask_coordinator(channel: grpc.aio.Channel) -> Standing:
     stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
     status = await stub.GetClusterStatus(coordinator_pb2.GetClusterStatusRequest(), timeout=_ASK_S)
-    return Standing(status.instance_id, status.num_requests_running, 0)
+    return standing_of(status)
+
+
+def standing_of(status: coordinator_pb2.GetClusterStatusResponse) -> Standing:
+    """A coordinator's. A generation that has not emitted yet may have to be given back as well."""
+    return Standing(status.instance_id, status.num_requests_running + status.num_requests_waiting, 0)
 
 
 async def _ask_worker(channel: grpc.aio.Channel) -> Standing:
@@ -121,8 +128,9 @@ async def _ask_worker(channel: grpc.aio.Channel) -> Standing:
 async def running_fleet(spec: FleetSpec, directory: Path) -> AsyncIterator[Fleet]:
     """From enter to exit. The logs stay in `directory`."""
     target = prepare_model(spec.cluster.target)
+    draft = prepare_pool(spec.cluster.pools[0], target)
     async with contextlib.AsyncExitStack() as stack:
-        build = _Builder(spec, directory, child_environment(spec.threads), target, stack)
+        build = _Builder(spec, directory, child_environment(spec.threads), target, draft, stack)
         redis, targets, drafts = build.redis(), build.workers(Role.TARGET), build.workers(Role.DRAFT)
         await _start_proxies(stack, [redis, *targets, *drafts])
         coordinators = [build.coordinator(i, redis, targets, drafts) for i in range(_NUM_EACH)]
@@ -131,7 +139,7 @@ async def running_fleet(spec: FleetSpec, directory: Path) -> AsyncIterator[Fleet
             for part in group:
                 stack.push_async_callback(part.kill)
             await asyncio.gather(*(part.start() for part in group))
-        yield Fleet([*coordinators, *drafts, *targets, redis], redis.port)
+        yield Fleet([*coordinators, *drafts, *targets, redis], redis.port, target.directory)
 
 
 async def _start_proxies(stack: contextlib.AsyncExitStack, parts: list[Part]) -> None:
@@ -148,6 +156,8 @@ class _Builder:
     directory: Path
     env: Mapping[str, str]
     target: PreparedModel
+    draft: tuple[PreparedModel | None, str]
+    """Its model, if it has one, and the target's tokenizer where it needs that."""
     stack: contextlib.AsyncExitStack
 
     def redis(self) -> Part:
@@ -174,7 +184,8 @@ class _Builder:
         if role is Role.TARGET:
             flags = target_flags(cluster, self.target, self.spec.threads)
         else:
-            flags = draft_flags(cluster, None, 1, self.target.directory)
+            model, tokenizer = self.draft
+            flags = draft_flags(cluster, model, self.spec.threads, self.target.directory, tokenizer)
         if cluster.target == SIMULATED:
             flags += ["--num-blocks", str(self.spec.num_blocks)]
         return self._service(name, role, port, flags)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from services.client import Chunk, OutriderClient, Result, SessionRecord, TokenIds
+from services.client import OutriderClient, Result, SessionRecord, TokenIds
 from services.client.generation import is_resumable
 from services.common.errors import NotFound, OutriderError
 from tests.chaos.faults import Kind, Role
 from tests.chaos.replies import Differences, Request, differences
+from tests.chaos.reply import Reply, Wait
 from tests.chaos.watch import Watch
 
 _RECORD_S = 20.0
@@ -66,52 +66,20 @@ class Tally:
         self.troubles.append(what)
 
 
-@dataclass(slots=True)
-class Wait:
-    """What a fault does to a reply: the longest time that it went without a token since the fault began."""
-
-    fault: tuple[Role, Kind]
-    last_at: float
-    longest_s: float = 0.0
-    is_over: bool = False
-    """The fault has ended: the next token is the last one to count."""
-
-    def token(self, now: float) -> None:
-        self.longest_s, self.last_at = max(self.longest_s, now - self.last_at), now
-
-
-class Reply:
-    """One reply as its client has received it, over all calls that it took."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.session_id, self.request_id = str(uuid.uuid4()), str(uuid.uuid4())
-        self.began_at = time.monotonic()
-        self.token_ids: list[int] = []
-        self.num_changed = 0
-        """Tokens that a later call delivered otherwise."""
-        self.last_at = 0.0
-        self.wait: Wait | None = None
-
-    @property
-    def name(self) -> str:
-        options = self.request.options
-        return f"session {self.session_id} ({options.verification.value}, temperature {options.temperature:g})"
-
-    def take(self, offset: int, chunk: Chunk) -> None:
-        """A chunk of the present call, whose tokens begin at `offset`."""
-        token_ids = [token.token_id for token in chunk.tokens]
-        known = self.token_ids[offset : offset + len(token_ids)]
-        self.num_changed += sum(one != other for one, other in zip(known, token_ids, strict=False))
-        self.token_ids += token_ids[len(known) :]
-
-
 class Load:
     """Clients that send `requests` again and again, each time in a new session."""
 
-    def __init__(self, addresses: Sequence[str], requests: list[Request], watch: Watch, reply_s: float) -> None:
-        """`reply_s`: in which a reply must have ended."""
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        requests: list[Request],
+        watch: Watch,
+        reply_s: float,
+        text_of: Callable[[Sequence[int]], str],
+    ) -> None:
+        """`reply_s`: in which a reply must have ended. `text_of`: what a reply's tokens stand for."""
         self._addresses, self._requests, self._watch, self._reply_s = tuple(addresses), requests, watch, reply_s
+        self._text_of = text_of
         self._expected: dict[int, Result] = {}
         self._active: dict[Reply, None] = {}
         self._stopped = False
@@ -150,7 +118,7 @@ class Load:
         """No further requests."""
         self._stopped = True
 
-    def fault_began(self, fault: tuple[Role, Kind], session_ids: list[str]) -> None:
+    def fault_began(self, fault: tuple[Role, Kind], session_ids: Sequence[str]) -> None:
         """It hits a part that these sessions are at."""
         now, hit = time.monotonic(), set(session_ids)
         for reply in self._active:
@@ -179,7 +147,7 @@ class Load:
             async with asyncio.timeout(self._reply_s), self._new_client(choose) as client:
                 if result := await self._result(reply, client):
                     self._judge(reply, result, expected)
-                    await self._check_record(reply, result, client)
+                    await self._judge_record(reply, result, client)
                 return result
         except TimeoutError:
             self.tally.unfinished(f"{reply.name}: not ended in {self._reply_s:g} s, {len(reply.token_ids)} tokens")
@@ -209,17 +177,17 @@ class Load:
                 await asyncio.sleep(max(_LEAST_WAIT_S, (error.retry_after_ms or 0) / 1e3))
 
     async def _call(self, reply: Reply, client: OutriderClient) -> Result:
-        request, offset = reply.request, 0
+        request = reply.request
+        reply.call_began()
         generation = client.generate(
             TokenIds(request.prompt), request.options, session_id=reply.session_id, request_id=reply.request_id
         )
         async with contextlib.aclosing(generation):
             async for chunk in generation:
-                reply.take(offset, chunk)
-                offset += len(chunk.tokens)
+                reply.take(chunk)
                 if chunk.tokens:
                     self._arrived(reply)
-                await self._watch.look(reply.session_id, len(request.prompt) + offset)
+                await self._watch.look(reply.session_id, len(request.prompt) + reply.num_taken)
         self.tally.num_resumptions += generation.result.num_resumptions
         return generation.result
 
@@ -251,26 +219,34 @@ class Load:
         if not any(found) and (expected.text, expected.finish_reason) != (result.text, result.finish_reason):
             self.tally.add(Differences(num_wrong=1), f"{reply.name}: its text or its end")
 
-    async def _check_record(self, reply: Reply, result: Result, client: OutriderClient) -> None:
-        """Waits until the record holds the reply, which it may not do at once where Redis was away."""
+    async def _judge_record(self, reply: Reply, result: Result, client: OutriderClient) -> None:
+        """The tokens and the text that the client has against the tokens that are stored."""
+        stored = await self._stored(reply, result, client)
+        self.tally.add(differences(result.token_ids, stored), f"{reply.name}: its record")
+        found = reply.text_differences(self._text_of(stored), result.text)
+        self.tally.add(found, f"{reply.name}: its text, which is not the record's")
+
+    async def _stored(self, reply: Reply, result: Result, client: OutriderClient) -> Sequence[int]:
+        """The generated tokens in the record. Waits until it holds the reply, which it may not do at once where Redis
+        was away; the reply's own where Redis has lost its data."""
         deadline, record = time.monotonic() + _RECORD_S, None
         while time.monotonic() < deadline:
             try:
                 record = await client.get_session(reply.session_id)
                 if _holds(record, result):
                     await client.close_session(reply.session_id)
-                    return
+                    return record.token_ids[record.prompt_len :]
             except NotFound:
                 if self._data_lost_at > reply.began_at:
                     self.tally.num_records_gone += 1
-                    return
+                    return result.token_ids
             except OutriderError as error:
                 self.tally.errors[error.reason] += 1
             await asyncio.sleep(_POLL_S)
         stored = record.token_ids[record.prompt_len :] if record else ()
-        self.tally.add(differences(result.token_ids, stored), f"{reply.name}: its record")
         if stored == result.token_ids:
             self.tally.unfinished(f"{reply.name}: its record's end: {record}")
+        return stored
 
 
 def _holds(record: SessionRecord, result: Result) -> bool:

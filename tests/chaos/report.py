@@ -13,12 +13,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.faults import Kind, Role
+from tests.chaos.faults import KINDS, Kind, Role
 from tests.chaos.load import Tally
 from tests.chaos.memory import Growth
 
 MAX_GROWTH = 0.01
 """Of memory, each 100 requests."""
+FULL_RUN, LEAST_EACH = 150, 10
+"""A run of so many faults has to hold so many of each part and kind, and to measure the growth of these roles."""
+MEASURED = (Role.COORDINATOR, Role.DRAFT, Role.TARGET)
 _NUM_SHOWN = 20
 
 
@@ -54,16 +57,41 @@ class Findings:
             "num_stale_writes": self.num_stale_writes,
             "num_crashed": self.num_crashed,
             "num_tracebacks": self.num_tracebacks,
+            "num_growing": sum(growth.share >= MAX_GROWTH for growth in self.growth.values()),
+            "num_unmeasured": len(self.unmeasured),
+            "num_scarce": len(self.scarce),
         }
 
     @property
     def failed(self) -> bool:
-        too_much = any(growth.share >= MAX_GROWTH for growth in self.growth.values())
-        return too_much or any(self.failures().values())
+        return any(self.failures().values())
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Roles whose memory's growth is unknown, though the run was a full one."""
+        return [role.value for role in MEASURED if role.value not in self.growth] if self._is_full else []
+
+    @property
+    def scarce(self) -> list[str]:
+        """Parts and kinds that came too seldom for a full run."""
+        numbers = Counter[str]()
+        for (role, kind), number in self.counts.items():
+            numbers[_name(role, kind)] += number
+        wanted = dict.fromkeys(_name(role, kind) for role in Role for kind in KINDS[role])
+        return [name for name in wanted if numbers[name] < LEAST_EACH] if self._is_full else []
+
+    @property
+    def _is_full(self) -> bool:
+        return self.counts.total() >= FULL_RUN
 
     def waits_ms(self, *faults: tuple[Role, Kind]) -> list[float]:
         """Of these faults' replies."""
         return [1e3 * wait_s for fault in faults for wait_s in self.waits_s.get(fault, ())]
+
+
+def _name(role: Role, kind: Kind) -> str:
+    """Ways to be cut off are one kind; a Redis that keeps its data and one that loses them are two."""
+    return f"{role.value}: {kind.value if kind.family == 'kill' else kind.family}"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -80,6 +108,7 @@ def document(findings: Findings, setup: Mapping[str, object]) -> dict[str, objec
         "num_faults": findings.counts.total(),
         "num_requests": tally.num_requests,
         **findings.failures(),
+        "failed": [name for name, number in findings.failures().items() if number],
         "resume_ms": percentiles(findings.waits_ms(*findings.counts)),
         "memory_growth_per_100_requests": {role: round(g.share, 5) for role, g in findings.growth.items()} or None,
         "faults": [
@@ -124,6 +153,10 @@ def show(findings: Findings, console: Console) -> None:
         console.print(f"memory of a {role_name}: {100 * growth.share:+.3f} % each 100 requests", highlight=False)
     for trouble in tally.troubles[:_NUM_SHOWN]:
         console.print(trouble, style="red", markup=False, highlight=False)
+    for name in findings.unmeasured:
+        console.print(f"memory of a {name}: not measured", style="red", highlight=False)
+    for name in findings.scarce:
+        console.print(f"{name}: fewer than {LEAST_EACH} in a run of {FULL_RUN}", style="red", highlight=False)
     for name, number in findings.failures().items():
         console.print(f"{name}: {number}", style="bold red" if number else "green", highlight=False)
 

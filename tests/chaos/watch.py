@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from redis.asyncio import Redis
@@ -61,7 +62,7 @@ class Watch:
                 self.num_looks += 1
                 self.num_early += max(0, num_tokens - stored)
 
-    async def holders(self, session_ids: list[str]) -> dict[str, Holders]:
+    async def holders(self, session_ids: Sequence[str]) -> dict[str, Holders]:
         """Who has these sessions, as far as there are records."""
         found: dict[str, Holders] = {}
         with contextlib.suppress(RedisError, OSError):
@@ -74,7 +75,7 @@ class Watch:
                     found[session_id] = Holders(int(epoch), ids)
         return found
 
-    async def write_late(self, earlier: dict[str, Holders]) -> None:
+    async def write_late(self, earlier: Mapping[str, Holders]) -> None:
         """For each session that has changed hands since then: a write under the old lease arrives only now, as from a
         network that had held it back. It fits what is stored; the lease alone says that it is late."""
         with contextlib.suppress(RedisError, OSError, OutriderError):

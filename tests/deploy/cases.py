@@ -72,7 +72,7 @@ EVERYTHING = merged(
             "clients": {"caSecret": "clients-ca", "dnsNames": ["llm.example.com"]},
         },
         "auth": {"apiKeysSecret": "api-keys"},
-        "test": {"apiKeySecret": "test-key"},
+        "test": {"apiKeySecret": "test-key", "apiKeySecretKey": "key.txt", "clientCertSecret": "test-cert"},
         "ingress": {"enabled": True, "className": "nginx", "host": "llm.example.com", "tlsSecret": "llm-tls"},
         "gateway": {
             "enabled": True,
@@ -102,6 +102,12 @@ CASES: dict[str, Values] = {
         PAIR,
         {"tls": {"existingSecrets": {part: f"{part}-cert" for part in ("coordinator", "draft", "target", "redis")}}},
     ),
+    "clients with certificates": merged(
+        GPU, {"tls": {"clients": {"caSecret": "clients-ca"}}, "test": {"clientCertSecret": "test-cert"}}
+    ),
+    "clients with their own certificates and keys": merged(
+        GPU, {"tls": {"clients": {"caSecret": "clients-ca"}}, "auth": {"apiKeysSecret": "api-keys"}}
+    ),
     "plain decoding": merged(GPU, {"draft": {"enabled": False, "model": ""}}),
     "trained head": merged(GPU, {"draft": {"drafter": "suffix,features"}}),
     "trained head in each pod": merged(GPU, {"draft": {"drafter": "mtp"}, "models": {"mode": "pod"}}),
@@ -127,6 +133,15 @@ CASES: dict[str, Values] = {
             ]
         },
     ),
+    "two drafts of one target": merged(
+        GPU,
+        {
+            "pools": [
+                {"name": "old", "draft": {"weight": 9}},
+                {"name": "new", "draft": {"model": "acme/newer", "revision": COMMIT}},
+            ]
+        },
+    ),
     "models in each pod": merged(GPU, {"models": {"mode": "pod"}}),
     "models already there": merged(GPU, {"models": {"download": False, "volume": {"existingClaim": "models"}}}),
     "models online": merged(GPU, {"models": {"offline": False}}),
@@ -134,7 +149,25 @@ CASES: dict[str, Values] = {
         GPU, {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com:6380/1"}}}
     ),
     "external Redis in a secret": merged(
-        GPU, {"redis": {"enabled": False, "external": {"existingSecret": "redis-url", "port": 6380}}}
+        GPU, {"redis": {"enabled": False, "external": {"existingSecret": "redis-url", "ports": [6380, 6381]}}}
+    ),
+    "external Redis by Sentinels": merged(
+        GPU,
+        {
+            "redis": {
+                "enabled": False,
+                "external": {
+                    "url": "rediss+sentinel://s1.example.com:26380,s2.example.com,[2001:db8::1]:26381/main/1?db=1",
+                    "ports": [6390],
+                    "caSecret": "redis-ca",
+                    "clientCertSecret": "redis-client",
+                },
+            }
+        },
+    ),
+    "external Redis with an authority": merged(
+        GPU,
+        {"redis": {"enabled": False, "external": {"url": "rediss://redis.example.com", "caSecret": "redis-ca"}}},
     ),
     "external Redis in plaintext": merged(
         SIMULATED, {"redis": {"enabled": False, "external": {"url": "redis://10.0.0.9", "insecure": True}}}
@@ -154,8 +187,14 @@ CASES: dict[str, Values] = {
     ),
 }
 GIVEN_SECRETS = {
-    "everything": {"hugging-face", "clients-ca", "api-keys", "test-key", "llm-tls", "redis-password", "registry"},
+    "everything": {
+        *("hugging-face", "clients-ca", "api-keys", "test-key", "test-cert", "llm-tls", "redis-password", "registry")
+    },
+    "clients with certificates": {"clients-ca", "test-cert"},
+    "clients with their own certificates and keys": {"clients-ca", "api-keys"},
     "given certificates": {"coordinator-cert", "draft-cert", "target-cert", "redis-cert"},
     "external Redis in a secret": {"redis-url"},
+    "external Redis by Sentinels": {"redis-ca", "redis-client"},
+    "external Redis with an authority": {"redis-ca"},
 }
 """Secrets that whoever installs has made."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,28 +44,39 @@ def why_no_helm() -> str:
     return ""
 
 
-def render(values: Mapping[str, Any], apis: tuple[str, ...] = APIS) -> list[Manifest]:
+def render(values: Mapping[str, Any], apis: tuple[str, ...] = APIS, release: str = RELEASE) -> list[Manifest]:
     """All manifests of an installation. Raises Refused."""
-    return [json.loads(text) for text in _render(json.dumps(values, sort_keys=True), apis)]
+    return [json.loads(text) for text in _render(json.dumps(values, sort_keys=True), apis, release)]
 
 
 @functools.cache
-def _render(values: str, apis: tuple[str, ...]) -> tuple[str, ...]:
-    output = _helm("template", values, *(f"--api-versions={api}" for api in apis))
+def _render(values: str, apis: tuple[str, ...], release: str) -> tuple[str, ...]:
+    output = _helm(values, *(f"--api-versions={api}" for api in apis), release=release)
     return tuple(json.dumps(manifest) for manifest in yaml.load_all(output, yaml.CSafeLoader) if manifest)
 
 
 def notes(values: Mapping[str, Any]) -> str:
-    """What an installation prints."""
-    output = _helm("install", json.dumps(values), "--dry-run=client")
-    return output.partition("NOTES:\n")[2]
+    """What an installation prints: an installation without a cluster can't be told of operators, a rendering can."""
+    return _notes(json.dumps(values, sort_keys=True))
 
 
-def _helm(command: str, values: str, *options: str) -> str:
+@functools.cache
+def _notes(values: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        chart = Path(shutil.copytree(CHART, Path(folder) / "chart"))
+        (chart / "templates" / "notes.yaml").write_text(_NOTES)
+        options = ("--show-only=templates/notes.yaml", *(f"--api-versions={api}" for api in APIS))
+        return str(yaml.safe_load(_helm(values, *options, chart=chart))["text"])
+
+
+_NOTES = 'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}\n'
+
+
+def _helm(values: str, *options: str, chart: Path = CHART, release: str = RELEASE) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(values)
         file.flush()
-        arguments = [command, RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", file.name, *options]
+        arguments = ["template", release, str(chart), "--namespace", NAMESPACE, "--values", file.name, *options]
         done = subprocess.run([program("helm"), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Refused(done.stderr)

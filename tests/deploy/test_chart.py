@@ -24,7 +24,6 @@ from tests.deploy.chart import (
     env_of,
     matches,
     named,
-    notes,
     of_kind,
     pods,
     render,
@@ -174,7 +173,7 @@ def test_pools_override_only_what_they_name() -> None:
     assert environ["OUTRIDER_TOKENIZER"] == (
         f"acme/large=/models/acme--large/{COMMIT},acme/code=/models/acme--code/{COMMIT},mine=/models/mine"
     )
-    assert re.findall(r"(\w+)=kubernetes\S*?@(\d+)", environ["OUTRIDER_DRAFTS"]) == [("large", "3"), ("code", "1")]
+    assert re.findall(r"(\w+):\S+?=kubernetes\S*?@(\d+)", environ["OUTRIDER_DRAFTS"]) == [("large", "3"), ("code", "1")]
     assert len(of_kind(manifests, "StatefulSet")) == 4  # three targets and Redis
 
 
@@ -214,6 +213,18 @@ def test_another_model_makes_another_job() -> None:
 def test_workers_are_kept_from_the_hub_unless_told_otherwise() -> None:
     assert env_of(main_container(render(GPU), "target"))["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in env_of(main_container(render(CASES["models online"]), "target"))
+    mirrored = merged(CASES["models online"], {"models": {"hubEndpoint": "http://mirror.lan:8080"}})
+    for owner in ("target", "draft"):
+        assert env_of(main_container(render(mirrored), owner))["HF_ENDPOINT"] == "http://mirror.lan:8080"
+
+
+def test_given_accounts_are_used_and_none_is_made() -> None:
+    given = {"serviceAccount": {"create": False, "coordinatorName": "reader", "workerName": "nobody"}}
+    manifests = render(merged(GPU, given))
+    assert not of_kind(manifests, "ServiceAccount", "Role", "RoleBinding")
+    accounts = {name: pod["spec"]["serviceAccountName"] for name, pod in pods(manifests)}
+    assert accounts.pop("test-outrider-coordinator") == "reader"
+    assert set(accounts.values()) == {"nobody"}
 
 
 def test_the_redis_password_and_models_outlive_an_uninstallation() -> None:
@@ -284,27 +295,6 @@ def test_the_monitor_reads_every_service_once() -> None:
         and "metrics" in [p["name"] for p in service["spec"]["ports"]]
     ]
     assert sorted(read) == ["coordinator", "draft", "target"]
-
-
-@pytest.mark.parametrize("case", [SIMULATED, merged(GPU, {"target": {"gpu": {"count": 4}, "tensorParallelSize": 2}})])
-def test_the_notes_hold_commands_about_things_that_are_there(case: dict[str, Any]) -> None:
-    values = merged(case, {"tls": {"enabled": False}})
-    text, manifests = notes(values), render(values)
-    there = {(m["kind"].lower(), m["metadata"]["name"]) for m in manifests}
-    mentioned = set(re.findall(r"\b(deployment|service|secret)[/ ]([a-z0-9-]+)", text))
-    assert mentioned <= there
-    assert ("deployment", "test-outrider-coordinator") in mentioned
-    assert "helm test test --namespace llm --logs" in text
-    assert ("leaves 2 of the 4 GPUs of each target pod idle" in text) == (case is not SIMULATED)
-
-
-def test_the_test_pod_generates_on_the_installations_own_service() -> None:
-    (pod,) = of_kind(render(EVERYTHING), "Pod")
-    environ = env_of(pod["spec"]["containers"][0])
-    name, _, port = environ["OUTRIDER_ADDRESS"].partition(":")
-    assert int(port) in [p["port"] for p in named(render(EVERYTHING), "Service", name)["spec"]["ports"]]
-    assert pod["spec"]["containers"][0]["command"][:2] == ["outrider", "generate"]
-    assert "OUTRIDER_API_KEY" in environ
 
 
 def test_connections_grow_old_so_that_clients_find_new_coordinators() -> None:

@@ -150,10 +150,43 @@ def test_coordinators_reach_the_kubernetes_api(network: Network) -> None:
     assert not Network(render(narrow)).connects("coordinator", SOMEWHERE, 443)
 
 
-def test_coordinators_reach_an_external_redis() -> None:
-    network = Network(render(CASES["external Redis in a secret"]))
-    assert network.connects("coordinator", SOMEWHERE, 6380)
-    assert not network.connects("target", SOMEWHERE, 6380)
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://mirror.lan:8080", 8080),
+        ("https://mirror.lan:8443/hub", 8443),
+        ("https://[2001:db8::1]", 443),
+        ("http://mirror.lan", 80),
+    ],
+)
+def test_models_come_from_the_mirrors_port(endpoint: str, port: int) -> None:
+    mirrored = merged(GPU, {"models": {"hubEndpoint": endpoint}})
+    for values, role in ((mirrored, "models"), (merged(mirrored, {"models": {"offline": False}}), "target")):
+        network = Network(render(values))
+        assert [known for known in (80, 443, 8080, 8443) if network.connects(role, SOMEWHERE, known)] == [port]
+
+
+EXTERNAL_REDIS = {
+    "external Redis": {6380},
+    "external Redis in a secret": {6380, 6381},
+    "external Redis by Sentinels": {26380, 26379, 26381, 6390},
+    "external Redis with an authority": {6379},
+    "external Redis in plaintext": {6379},
+}
+"""The ports that each of them has."""
+
+
+@pytest.mark.parametrize("case", [name for name, values in CASES.items() if "external" in values.get("redis", {})])
+def test_coordinators_reach_an_external_redis(case: str) -> None:
+    network = Network(render(CASES[case]))
+    ports = {6379, 6380, 6381, 6390, 26379, 26380, 26381}
+    assert {port for port in ports if network.connects("coordinator", SOMEWHERE, port)} == EXTERNAL_REDIS[case]
+    assert not any(network.connects(role, SOMEWHERE, port) for role in ("draft", "target") for port in ports)
+
+
+def test_a_policy_that_is_not_there_needs_no_ports() -> None:
+    hidden = {"redis": {"enabled": False, "external": {"existingSecret": "redis-url"}}}
+    assert not of_kind(render(merged(GPU, hidden, {"networkPolicy": {"enabled": False}})), "NetworkPolicy")
 
 
 def test_traces_get_out_only_where_they_are_sent() -> None:

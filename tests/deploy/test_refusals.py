@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.cases import COMMIT, GPU, PAIR, SIMULATED, Values, merged
+from tests.deploy.cases import COMMIT, GPU, OTHER_COMMIT, PAIR, SIMULATED, Values, merged
 from tests.deploy.chart import APIS, Refused, render
 
 pytestmark = pytest.mark.usefixtures("needs_helm")
@@ -55,6 +55,27 @@ REFUSED: list[tuple[str, Values, Values]] = [
         "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext",
         GPU,
         {"redis": {"enabled": False, "external": {"url": "redis+sentinel://r:26379/main"}}},
+    ),
+    *(
+        (sentence, GPU, {"redis": {"enabled": False, "external": external}})
+        for sentence, external in (
+            ("redis.external.ports: the network policy cannot read the address", {"existingSecret": "r"}),
+            (
+                "redis.external.ports: the network policy cannot ask Sentinels",
+                {"url": "rediss+sentinel://s:26379/main"},
+            ),
+            ("redis.external.url: Sentinels need the name", {"url": "rediss+sentinel://s:26379", "ports": [6379]}),
+            ('redis.external.url: "r:port" is neither HOST nor HOST:PORT', {"url": "rediss://r:port/0"}),
+            ("redis.external.url: several hosts are Sentinels", {"url": "rediss://a:1,b:2/0"}),
+            (
+                "redis.external.caSecret: certificates need rediss://",
+                {"url": "redis://r", "insecure": True, "caSecret": "c"},
+            ),
+            (
+                "redis.external.clientCertSecret: redis.external.url has ssl_certfile already",
+                {"url": "rediss://r?ssl_certfile=/x", "clientCertSecret": "c"},
+            ),
+        )
     ),
     ("name a Secret in tls.existingSecrets.coordinator", PAIR, {}),
     (
@@ -119,9 +140,98 @@ REFUSED: list[tuple[str, Values, Values]] = [
     ),
     ("pools: twin is the name of several", GPU, {"pools": [{"name": "twin"}, {"name": "twin"}]}),
     (
+        "pool new: target.modelName: acme/large is already the name of another model",
+        GPU,
+        {"pools": [{"name": "old"}, {"name": "new", "target": {"revision": OTHER_COMMIT}}]},
+    ),
+    (
         "pool code: target.tensorParallelSize: 2 does not divide the 1 GPUs",
         GPU,
         {"pools": [{"name": "code", "target": {"gpu": {"count": 1}, "tensorParallelSize": 2}}]},
+    ),
+    (
+        "pool b: target.modelName: mine is already the name of another model",
+        GPU,
+        {
+            "pools": [
+                {"name": "a", "target": {"model": "/models/mine"}},
+                {"name": "b", "target": {"modelName": "mine"}},
+            ]
+        },
+    ),
+    (
+        "draft.dtype: rounded weights cannot be cut over 2 GPUs",
+        GPU,
+        {"draft": {"dtype": "int8", "gpu": {"count": 2}}},
+    ),
+    ("draft.drafter: in ngram,suffix,ngram one stands twice", SIMULATED, {"draft": {"drafter": "ngram,suffix,ngram"}}),
+    (
+        "draft.drafter: ngram,simulated cannot draft for a real target",
+        GPU,
+        {"draft": {"drafter": "ngram,simulated", "gpu": {"count": 0}}},
+    ),
+    (
+        "draft.model: a simulated model cannot draft for a real target",
+        GPU,
+        {"draft": {"model": "simulated", "gpu": {"count": 0}}},
+    ),
+    (
+        "draft.drafter: suffix,model cannot run a simulated model",
+        SIMULATED,
+        {"draft": {"drafter": "suffix,model", "model": "simulated"}},
+    ),
+    ("target.tensorParallelSize: a simulated model cannot be cut", SIMULATED, {"target": {"tensorParallelSize": 2}}),
+    *(
+        (sentence, GPU, {"draft": {"drafter": "staged", "settings": settings}})
+        for sentence, settings in (
+            ("draft.settings.staged_drafter: simulated cannot draft", {"staged_drafter": "simulated"}),
+            ("draft.settings.staged_model: it goes with", {"staged_drafter": "model"}),
+            ("draft.settings.staged_model: it goes with", {"staged_model": "/models/tiny"}),
+        )
+    ),
+    ("coordinator.settings.max_generation: no such", GPU, {"coordinator": {"settings": {"max_generation": 1}}}),
+    ("draft.settings.untrusted_drafts: no such", GPU, {"draft": {"settings": {"untrusted_drafts": True}}}),
+    (
+        "pool a: target.settings.suffix_shared: no such",
+        GPU,
+        {"pools": [{"name": "a", "target": {"settings": {"suffix_shared": True}}}]},
+    ),
+    *(
+        (f"draft.settings.{name}: ", GPU, {"draft": {"settings": {name: value}}})
+        for name, value in (
+            ("num_blocks", "many"),
+            ("num_blocks", 0.5),
+            ("kv_memory_share", "90%"),
+            ("compile", "maybe"),
+            ("greedy_matching", "words"),
+        )
+    ),
+    ('fullnameOverride: "1st" cannot begin', GPU, {"fullnameOverride": "1st"}),
+    ('fullnameOverride: "a.b" cannot begin', GPU, {"fullnameOverride": "a.b"}),
+    ('fullnameOverride: "test-x.y" cannot begin', GPU, {"nameOverride": "x.y"}),
+    ("nameOverride: it is a label", GPU, {"nameOverride": "a" * 64}),
+    *(
+        (f"commonLabels: the chart sets the label {key} itself", GPU, {"commonLabels": {key: "mine"}})
+        for key in ("app.kubernetes.io/version", "helm.sh/chart", "outrider/pool")
+    ),
+    (
+        "draft.podLabels: the chart sets the label app.kubernetes.io/component itself",
+        GPU,
+        {"draft": {"podLabels": {"app.kubernetes.io/component": "target"}}},
+    ),
+    *(
+        (sentence, GPU, {"tls": {"certManager": {"duration": duration, "renewBefore": before}}})
+        for sentence, duration, before in (
+            ("tls.certManager.renewBefore: 24h is not shorter than", "24h", "24h"),
+            ("tls.certManager.renewBefore: 90m1s is not shorter than", "1h30m", "90m1s"),
+            ("tls.certManager.renewBefore: cert-manager renews 5m", "24h", "299s"),
+            ("tls.certManager.duration: cert-manager makes", "59m", "10m"),
+        )
+    ),
+    (
+        "ingress.tlsSecret: without a certificate of the host, API keys",
+        GPU,
+        {"auth": {"apiKeysSecret": "keys"}, "ingress": {"enabled": True, "host": "llm.example.com"}},
     ),
     ("ingress.host: name the host", GPU, {"ingress": {"enabled": True}}),
     ("gateway.parentRefs: name the Gateway", GPU, {"gateway": {"enabled": True}}),
@@ -134,6 +244,25 @@ def test_a_bad_value_is_refused_with_a_sentence(sentence: str, base: Values, cha
     with pytest.raises(Refused, match="execution error") as refusal:
         render(merged(base, change))
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("release", ["1st", "a.b"])
+def test_a_release_that_could_not_name_services_is_refused(release: str) -> None:
+    with pytest.raises(Refused, match="cannot begin the names of Services"):
+        render(GPU, release=release)
+    assert render(merged(GPU, {"fullnameOverride": "first"}), release=release)
+
+
+@pytest.mark.parametrize(
+    ("service", "settings"),
+    [
+        ("coordinator", {"max_generations": "512", "propose_timeout_s": 0.000001, "redis_outage": "stop"}),
+        ("draft", {"suffix_shared": "Yes", "compile": False, "kv_memory_share": 1, "min_draft_prob": "1e-3"}),
+        ("target", {"num_blocks": 16777216, "simulated_step_ms": 20}),
+    ],
+)
+def test_settings_that_the_service_takes_are_taken(service: str, settings: Values) -> None:
+    assert render(merged(GPU, {service: {"settings": settings}}))
 
 
 MISSING: list[tuple[str, Values]] = [
@@ -166,6 +295,7 @@ BADLY_FORMED: list[tuple[str, Values]] = [
     ("'/coordinator/topologySpread/zone'", {"coordinator": {"topologySpread": {"zone": "Sometimes"}}}),
     ("'/redis/external/url'", {"redis": {"enabled": False, "external": {"url": "rediss://:password@redis:6379"}}}),
     ("'/pools/0/name'", {"pools": [{"name": "Upper"}]}),
+    ("'/models/hubEndpoint'", {"models": {"hubEndpoint": "mirror.lan:8080"}}),
     ("'/networkPolicy/downloadCIDRs'", {"networkPolicy": {"downloadCIDRs": []}}),
 ]
 

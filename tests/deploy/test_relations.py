@@ -144,7 +144,7 @@ def test_what_is_referred_to_is_there(case: str, manifests: list[Manifest]) -> N
     certificates = {m["spec"]["secretName"] for m in of_kind(manifests, "Certificate")}
     there = {kind: {m["metadata"]["name"] for m in of_kind(manifests, kind)} for kind in _REFERABLE}
     there["Secret"] |= GIVEN_SECRETS.get(case, set()) | certificates
-    there["ServiceAccount"] |= {"outrider-reader"} if case == "own account" else set()
+    there["ServiceAccount"] |= {"outrider-reader", "default"} if case == "own account" else set()
     there["PersistentVolumeClaim"] |= {"models"} if case == "models already there" else set()
     for name, pod in pods(manifests):
         for kind, referred in _references(pod):

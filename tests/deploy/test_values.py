@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
+from deploy.tools import settings
 from tests.deploy.chart import CHART, ROOT
 
 VALUES = CHART / "values.yaml"
@@ -35,6 +37,12 @@ def schemas(schema: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict
 
 def test_values_fit_their_schema() -> None:
     jsonschema.Draft7Validator(SCHEMA).validate(yaml.safe_load(VALUES.read_text()))
+
+
+def test_the_chart_knows_the_settings_that_the_services_have() -> None:
+    assert settings.FILE.read_text() == settings.text(), "run python -m deploy.tools.settings"
+    for service, config in settings.CONFIGS.items():
+        assert {field.name for field in fields(config)} == set(settings.settings()[service])
 
 
 def test_no_object_takes_unknown_names() -> None:

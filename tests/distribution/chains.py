@@ -107,12 +107,13 @@ def draft_seed(case: Case, seed: int) -> int:
     return derive_draft_seed(seed) if case.method is VerificationMethod.REJECTION else seed
 
 
-def tell_lies(sampled: Sampled) -> Sampled:
-    """A row that makes the token look unlikely, so that it would always be accepted."""
-    if sampled.row is None:
-        return sampled
-    others = [token for token in sampled.row.token_ids if token != sampled.token_id] or [sampled.token_id ^ 1]
-    return sampled._replace(row=SparseRow((sampled.token_id, others[0]), (2.0**-10, 1 - 2.0**-10)))
+def tell_lies(sampled: Sampled, vocab_size: int) -> Sampled:
+    """A row that makes the token look unlikely, so that it would always be accepted. Of a draft that has no rows to
+    send, another token than it meant, with a row that nobody asked for."""
+    token = sampled.token_id if sampled.row else (sampled.token_id + 1) % vocab_size
+    known = sampled.row.token_ids if sampled.row else ()
+    other = next((i for i in known if i != token), token ^ 1)
+    return Sampled(token, SparseRow((token, other), (2.0**-10, 1 - 2.0**-10)))
 
 
 class Drafting:
@@ -142,7 +143,7 @@ class Drafting:
             return [Sampled(best[draft.tokens[-1]], None) for draft in drafts]
         works = [Work(draft, 1, None, 1) for draft in drafts]
         sampled = [token for token in self._sampler.sample(works, self._model.logits(works)) if token]
-        return [tell_lies(token) for token in sampled] if self._lies else sampled
+        return [tell_lies(token, self._model.table.shape[1]) for token in sampled] if self._lies else sampled
 
 
 def draw(case: Case, num_draws: int) -> npt.NDArray[np.int64]:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from services.common.values import VerificationMethod
+from services.common.values import Proposal, VerificationMethod
 from services.engine.verifier import Verifier
 from tests.distribution.cases import PAIRWISE
-from tests.distribution.chains import DRAFTERS, Case, draw, exact
+from tests.distribution.chains import DRAFTERS, Case, Drafting, draw, exact, open_sequence
 from tests.distribution.chi_square import LEAST_P, p_value
 
 TRUSTING = Verifier()
@@ -21,6 +21,15 @@ def test_first_tokens_have_the_targets_joint_distribution(case):
 def test_a_coupled_chain_is_the_same_whatever_drafts():
     drawn = [draw(Case(drafter, "all", 8, VerificationMethod.COUPLED), 1_500) for drafter in DRAFTERS]
     assert all(np.array_equal(counts, drawn[0]) for counts in drawn)
+
+
+@pytest.mark.parametrize("method", VerificationMethod)
+def test_the_lying_drafter_proposes_otherwise_than_the_good_one(method):
+    def proposals(drafter: str) -> list[Proposal]:
+        case = Case(drafter, "all", 8, method)
+        return Drafting(case).propose([open_sequence(case, seed) for seed in range(8)], [3] * 8)
+
+    assert all(lie != truth for lie, truth in zip(proposals("lying"), proposals("good"), strict=True))
 
 
 def test_the_lying_drafter_would_be_found_out_if_it_were_trusted(monkeypatch):

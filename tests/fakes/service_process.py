@@ -53,10 +53,10 @@ class ServiceProcess:
 
 @contextlib.asynccontextmanager
 async def service_process(
-    module: str, *flags: str, version: Version = PRESENT, **environment: str
+    module: str, *flags: str, version: Version = PRESENT, port: int = 0, **environment: str
 ) -> AsyncIterator[ServiceProcess]:
-    """`python -m module` on a free port of loopback, once it is ready; killed on exit if it still runs."""
-    command = [*version.command(module), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1", *flags]
+    """`python -m module` on a port of loopback, once it is ready; 0: a free one. Killed on exit if it still runs."""
+    command = [*version.command(module), "--host", "127.0.0.1", "--port", str(port), "--metrics-port", "-1", *flags]
     own = {name: value for name, value in os.environ.items() if not name.startswith("OUTRIDER_")}
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, env=own | version.environment | environment, cwd=version.tree

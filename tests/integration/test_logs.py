@@ -17,7 +17,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Unavailable
 from services.common.logs import TEXT_FORMAT, JsonFormatter
 from services.common.otel import OtelTracer, new_provider
@@ -93,7 +93,7 @@ async def end_of(cluster: Cluster, request: pb.GenerateRequest) -> str:
         async for _ in cluster.stub.Generate(request, metadata=KEY):
             pass
     except grpc.aio.AioRpcError as error:
-        return rpc.error_from_rpc(error).reason
+        return rpc_errors.error_from_rpc(error).reason
     return ""
 
 

@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from outrider.v1 import draft_pb2, draft_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.common.errors import Aborted, InvalidArgument, OutriderError, ResourceExhausted, Unavailable
-from services.common.rpc import GrpcServer, channel_options, error_from_rpc
+from services.common.rpc import GrpcServer, channel_options
+from services.common.rpc_errors import error_from_rpc
 
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
 DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]

@@ -26,6 +26,11 @@ from services.target.server import running_target
 from tests.tiny_models import save_model
 from tests.worker_streams import Stream, target_stream
 
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.current_accelerator(check_available=False) is not None,
+    reason="this build of torch shards models over its accelerator only",
+)
+
 END_S = 20.0
 PROMPTS = ((7, 8, 9, 10), (30,) * 20, tuple(range(10, 70)))
 HEALTH = health_pb2.HealthCheckResponse

@@ -12,7 +12,8 @@ from outrider.v1 import target_pb2, worker_pb2, worker_pb2_grpc
 from services.common import wire
 from services.common.errors import Unavailable
 from services.common.items import Close, Decode, Identity, Open, Opened, Propose, Proposed, Refused, Tokens, Verify
-from services.common.rpc import channel_options, error_from_rpc
+from services.common.rpc import channel_options
+from services.common.rpc_errors import error_from_rpc
 from services.common.service import wait_until
 from services.common.values import Proposal, SamplingParams, VerificationMethod
 from services.common.worker_server import BuiltWorker, Recipe, running_worker

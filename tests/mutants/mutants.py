@@ -70,7 +70,7 @@ MUTANTS = (
                 "            elif sampled is not None:\n",
             ),
         ),
-        (f"{_ENGINE}[identical-top_k-rejection]",),
+        (f"{_ENGINE}[engine-identical-top_k-8-rejection]",),
     ),
     Mutant(
         "the end of a proposal decided on the sampled token",
@@ -83,7 +83,7 @@ MUTANTS = (
         ),
         (
             "tests/unit/engine/test_sampler.py::test_whether_a_row_ends_the_proposal_depends_on_the_row_alone[VerificationMethod.REJECTION]",
-            f"{_ENGINE}[uncertain-top_k-rejection]",
+            f"{_ENGINE}[engine-uncertain-top_k-8-rejection]",
         ),
     ),
     Mutant(
@@ -128,10 +128,10 @@ MUTANTS = (
         (
             "tests/unit/engine/test_draft_verifier.py"
             "::test_every_token_comes_with_the_row_that_the_draft_would_have_sampled_it_from",
-            f"{_ENGINE}[staged-penalties-rejection]",
+            f"{_ENGINE}[engine-staged-penalties-8-rejection]",
         ),
     ),
-    # The chaos test notices these two as well: `python -m tests.chaos --mutant NAME`.
+    # The chaos test notices these two as well: `make check-chaos-mutants`.
     Mutant(
         "emit before persist",
         (

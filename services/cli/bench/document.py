@@ -23,8 +23,10 @@ DEFINITIONS = {
     "num_requests": "prompts; each was sent once in each mode",
     "failed_requests": "requests that ended with an error, of all modes",
     "tokens_per_s": "generated tokens of a mode over the wall time of its blocks; of a category: over the summed "
-    "durations of its requests",
-    "ttft_ms": "from sending to the first message with tokens, at the client",
+    "durations of its requests; prefill of cold prompts included, see ttft_ms",
+    "ttft_ms": "from sending to the first message with tokens, at the client. Prompts are cold: each conversation has "
+    "a cache salt of its own in each mode, so that a worker's prefix cache holds nothing of a first turn, and of a "
+    "further one (--all-turns) what its own earlier turns left there",
     "tpot_ms": "from the first message with tokens to the last, over the tokens after the first message, a request",
     "itl_ms": "gap between consecutive messages with tokens; a speculative message may hold several tokens",
     "speedup": "speculative tokens_per_s over plain tokens_per_s; of a category: of the requests that succeeded in "
@@ -46,9 +48,9 @@ DEFINITIONS = {
     "the draft lengths as they were; without_cost at c = 0; c is a draft token's time over a plain decode step's",
     "limits": "means over rounds; speedup = tokens_per_round * plain_ms_per_token / (draft + verify + overhead) ms; "
     "extra rows free: a verify step as short as a plain decode step",
-    "peers": "transformers' generate in a process of its own on the same prompt tokens; tokens_per_s over the summed "
-    "durations; mean_acceptance_length is tokens a forward of the target; with a failure, "
-    "its reason, figures are of the requests before it",
+    "peers": "transformers' generate in a process of its own on the same prompt tokens, cold as well; tokens_per_s "
+    "over the summed durations; mean_acceptance_length is tokens a forward of the target; with a failure, its reason, "
+    "figures are of the requests before it",
 }
 
 

@@ -2,6 +2,9 @@
 
 Owns: who is sent when. Must not know: what becomes of the samples.
 
+Prompts are cold: each conversation has a cache salt of its own in each mode, so that no request finds the prefix that
+another one left in the workers' caches, but a further turn that of its own first.
+
 Machines are noisy, so the two modes alternate in blocks, and a block's first mode alternates too: drift and other load
 hit both alike. A block is one conversation where one runs at a time, else a few for each place, to keep places busy.
 """
@@ -72,7 +75,7 @@ class Load:
         for mode in self._plan.modes:
             for index, conversation in enumerate(conversations[: self._plan.num_warmups]):
                 options = self._plan.options_for(mode, index)
-                options = replace(options, max_tokens=min(8, options.max_tokens))
+                options = replace(_cold(options), max_tokens=min(8, options.max_tokens))
                 await self._client.complete(self._prompt(conversation.turns[0]), options)
 
     async def run(self, conversations: Sequence[Conversation]) -> AsyncIterator[Block]:
@@ -120,7 +123,7 @@ class Load:
         """The conversation's turns, one after the other in one session; ends at the first failure."""
         outcomes: list[Sample | Failure] = []
         session_id = str(uuid.uuid4())
-        options = self._plan.options_for(mode, index)
+        options = _cold(self._plan.options_for(mode, index))
         for turn, text in enumerate(conversation.turns if self._plan.all_turns else conversation.turns[:1]):
             key = Key(index, turn, conversation.category)
             outcome = await measure(self._client, key, mode, self._prompt(text), options, session_id)
@@ -132,3 +135,8 @@ class Load:
 
     def _prompt(self, text: str) -> Prompt:
         return text if self._plan.raw else Chat.of(text)
+
+
+def _cold(options: GenerateOptions) -> GenerateOptions:
+    """The options with a cache salt that nobody else has."""
+    return replace(options, cache_salt=str(uuid.uuid4()))

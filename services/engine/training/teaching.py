@@ -175,7 +175,7 @@ class Teaching:
             loss=config.loss,
             learning_rate=config.learning_rate,
             train_tokens=config.train_tokens,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.batch_tokens or (2048 if config.device.startswith("cuda") else 512),
             seed=config.seed,
             num_draft_tokens=config.num_draft_tokens,
             unroll=config.heads if config.kind == MTP else config.unroll,

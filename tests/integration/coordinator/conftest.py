@@ -14,7 +14,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, target_pb2
 
-from services.common import rpc
+from services.common import rpc, rpc_errors
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.worker_server import BuiltWorker, Recipe, RunningWorker, running_worker
 from services.coordinator.config import CoordinatorConfig
@@ -69,7 +69,7 @@ class Cluster:
         try:
             return Result([response async for response in self.stub.Generate(pb.GenerateRequest(**fields))])
         except grpc.aio.AioRpcError as error:
-            raise rpc.error_from_rpc(error) from error
+            raise rpc_errors.error_from_rpc(error) from error
 
 
 StartCluster = Callable[..., contextlib.AbstractAsyncContextManager[Cluster]]

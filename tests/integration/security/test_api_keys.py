@@ -30,7 +30,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from services.common.rpc import error_from_rpc
+from services.common.rpc_errors import error_from_rpc
 from services.common.service import end_tasks, wait_until
 from tests.integration.coordinator.conftest import TARGET, Cluster, node, start_cluster
 
@@ -330,10 +330,10 @@ async def test_caches_of_different_keys_never_meet(guarded: Guarded) -> None:
     core = guarded.cluster.target.engine._core  # type: ignore[attr-defined]
     prompt = "A prompt of several blocks that both of them send. " * 8
 
-    async def num_hits(name: str) -> int:
+    async def num_hits(name: str, salt: str = "") -> int:
         before = core.prefix_cache_stats.num_hit_tokens
         async with guarded.of(name) as client:
-            await client.complete(prompt, OPTIONS)
+            await client.complete(prompt, replace(OPTIONS, cache_salt=salt))
         engine = guarded.cluster.target.engine
         assert await wait_until(lambda: engine.load.num_sequences == 0, 10)
         return int(core.prefix_cache_stats.num_hit_tokens - before)
@@ -341,6 +341,9 @@ async def test_caches_of_different_keys_never_meet(guarded: Guarded) -> None:
     assert await num_hits("ann") == 0
     assert await num_hits("ann") >= 384
     assert await num_hits("bob") == 0
+    assert await num_hits("ann", "one salt") == 0
+    assert await num_hits("ann", "one salt") >= 384
+    assert await num_hits("bob", "one salt") == 0
 
 
 async def test_no_key_comes_into_logs_or_errors(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,8 @@ from outrider.v1 import coordinator_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.client import GenerateOptions, OutriderClient
 from services.common.errors import InvalidArgument
-from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits, channel_options, error_from_rpc
+from services.common.rpc import MAX_PUBLIC_MESSAGE_BYTES, GrpcServer, ServerLimits, channel_options
+from services.common.rpc_errors import error_from_rpc
 from services.common.service import wait_until
 from services.common.tls import server_credentials
 from services.common.tls_files import TlsFiles
@@ -30,6 +31,7 @@ from tests.integration.security.conftest import Peers
 __all__ = ["cluster", "start_cluster"]  # fixtures
 
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
+DESCRIBE = "/outrider.v1.WorkerService/GetWorkerInfo"
 GENERATE = "/outrider.v1.CoordinatorService/Generate"
 LIMITS = ServerLimits(max_connections=40, max_streams_a_connection=16, max_concurrent_rpcs=24, handshake_s=1.0)
 
@@ -110,7 +112,7 @@ async def test_many_slow_peers_keep_nobody_else_out(secure: tuple[GrpcServer, ss
 @pytest.mark.parametrize("answers_pings", [False, True])
 async def test_half_sent_headers_end_the_connection(answers_pings: bool) -> None:
     """By keepalive where the peer is silent; a peer that answers breaks the protocol, which allows nothing between."""
-    half = h2.HELLO + h2.frame(h2.HEADERS, 0, 1, h2.call_headers("/outrider.v1.WorkerService/GetWorkerInfo")[:9])
+    half = h2.HELLO + h2.frame(h2.HEADERS, 0, 1, h2.call_headers(DESCRIBE)[:9])
     async with serving(Held()) as server:
         assert await h2.seconds_until_closed(server.port, half, answers_pings=answers_pings) < 20
 
@@ -237,14 +239,10 @@ async def test_oversized_messages_are_refused_and_the_service_goes_on(
         assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 
-def frames_of(payload: bytes, declared: int, flag: int) -> bytes:
-    return bytes([flag]) + declared.to_bytes(4, "big") + payload
-
-
 MALFORMED: dict[str, Callable[[], bytes]] = {
-    "a length without a message": lambda: frames_of(b"", 1 << 31, 0),
-    "compressed without an encoding": lambda: frames_of(b"abc", 3, 1),
-    "an unknown flag": lambda: frames_of(b"abc", 3, 0xFF),
+    "a length without a message": lambda: h2.message(b"", 1 << 31, 0),
+    "compressed without an encoding": lambda: h2.message(b"abc", 3, 1),
+    "an unknown flag": lambda: h2.message(b"abc", 3, 0xFF),
 }
 
 
@@ -254,23 +252,6 @@ async def test_malformed_frames_end_their_call_alone(cluster: Cluster, name: str
     reader, writer = await asyncio.open_connection("localhost", cluster.coordinator.port)
     writer.write(h2.HELLO + h2.frame(h2.HEADERS, h2.END_HEADERS, 1, h2.call_headers(GENERATE)))
     writer.write(h2.frame(h2.DATA, 1, 1, data))  # and the end of the stream
-    received = b""
-    async with asyncio.timeout(10):
-        while not _ends_stream(received):
-            part = await reader.read(65_536)
-            assert part, "the connection was closed before its call was answered"
-            received += part
+    assert await asyncio.wait_for(h2.stream_ends(reader, 1), 10), "closed before its call was answered"
     writer.close()
     assert len((await cluster.generate(prompt="a", max_tokens=3, ignore_eos=True)).tokens) == 3
-
-
-def _ends_stream(received: bytes) -> bool:
-    """Whether trailers with END_STREAM, or a reset, came for stream 1."""
-    while len(received) >= 9 + (size := int.from_bytes(received[:3], "big")):
-        kind, flags, stream = received[3], received[4], int.from_bytes(received[5:9], "big")
-        if stream == 1 and (kind == h2.RST_STREAM or (kind == h2.HEADERS and flags & 1)):
-            return True
-        received = received[9 + size :]
-        if len(received) < 9:
-            break
-    return False

@@ -20,7 +20,7 @@ from outrider.v1 import target_pb2, target_pb2_grpc, worker_pb2, worker_pb2_grpc
 from services.client import Access, GenerateOptions, OutriderClient, RetryPolicy
 from services.common.channels import Channels
 from services.common.errors import ConfigError, OutriderError, PermissionDenied, Unavailable
-from services.common.rpc import error_from_rpc
+from services.common.rpc_errors import error_from_rpc
 from services.common.tls_files import TlsFiles
 from services.common.worker_server import RunningWorker
 from services.coordinator.worker_link import DRAFT_CODEC, TARGET_CODEC, WorkerLink

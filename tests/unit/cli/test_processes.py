@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.failure import CommandFailed
-from services.cli.processes import Process, Ready, ready_line
+from services.cli.processes import Process, Ready, last_stage, ready_line
 
 READY = 'print(\'{"event": "ready", "service": "x", "port": 7}\', flush=True)'
 
@@ -50,6 +50,31 @@ def test_a_process_is_ready_when_it_says_so_and_stops_when_told(tmp_path):
     finally:
         process.stop(5)
     assert not process.running
+
+
+def test_what_is_shown_of_a_log_is_what_was_begun_last() -> None:
+    assert last_stage("") == ""
+    assert last_stage("noise\nLoading x ...\nLoading x: done in 0.1 s\n") == "Loading x"
+    assert last_stage("Loading x ...\nPacking the weights ...\nChecking ...") == "Packing the weights"
+
+
+def test_who_waits_for_a_process_hears_each_stage_once(tmp_path):
+    go_on = tmp_path / "go on"
+    code = (
+        f"import os, sys, time\nprint('First ...', file=sys.stderr)\nwhile not os.path.exists({str(go_on)!r}): pass\n"
+    )
+    code += f"print('Second ...', file=sys.stderr)\n{READY}\ntime.sleep(60)"
+    process, heard = python(code, tmp_path), []
+
+    def hear(stage: str) -> None:
+        heard.append(stage)
+        go_on.touch()
+
+    try:
+        process.wait_ready(10, hear)
+    finally:
+        process.stop(5)
+    assert heard == ["First", "Second"]
 
 
 def test_a_process_that_ends_early_shows_the_end_of_its_log(tmp_path):

@@ -54,6 +54,7 @@ REQUEST = st.builds(
     num_top_log_probs=UINT32,
     fork=st.booleans(),
     fork_len=st.none() | UINT32,
+    cache_salt=st.text(st.characters(exclude_categories=["Cs"]), max_size=140),
     resume=st.builds(pb.ResumePoint, num_received_tokens=UINT32, tokens_beyond_durable=st.lists(UINT32, max_size=3)),
 )
 
@@ -137,6 +138,7 @@ def sampling(**fields: object) -> pb.GenerateRequest:
         (a_prompt(stop=[""]), "stop"),
         (a_prompt(stop=["x" * 257]), "stop"),
         (a_prompt(stop_token_ids=[100]), "stop_token_ids"),
+        (a_prompt(cache_salt="é" * 64 + "x"), "cache_salt"),
         (a_prompt(num_top_log_probs=21, log_probs=True), "num_top_log_probs"),
         (a_prompt(num_top_log_probs=2), "num_top_log_probs"),
         (a_prompt(verification=9), "verification"),
@@ -193,6 +195,13 @@ def test_messages_and_token_ids_arrive_as_they_are() -> None:
     assert admit(pb.GenerateRequest(tokens=tokens), LIMITS).input == TokenInput((3, 3))
 
 
+def test_a_cache_salt_may_fill_its_limit_and_a_longer_one_is_told_it() -> None:
+    longest = "é" * 64
+    assert admit(a_prompt(cache_salt=longest), LIMITS).cache_salt == longest
+    with pytest.raises(InvalidArgument, match="129 bytes exceed the limit of 128"):
+        admit(a_prompt(cache_salt=longest + "x"), LIMITS)
+
+
 def test_an_unknown_model_is_not_found() -> None:
     with pytest.raises(NotFound, match="'x'"):
         admit(a_prompt(model="x"), LIMITS)
@@ -227,6 +236,7 @@ def test_the_digest_sees_parameters_and_prompt_but_not_ids_or_resumption() -> No
     base = admit(a_prompt(), LIMITS).digest
     resumed = a_prompt(resume=pb.ResumePoint(num_received_tokens=4), session_id=str(uuid.uuid4()))
     assert admit(resumed, LIMITS).digest == base
+    assert admit(a_prompt(cache_salt="s"), LIMITS).digest == base
     assert admit(a_prompt(max_tokens=5), LIMITS).digest != base
     assert admit(pb.GenerateRequest(prompt="b"), LIMITS).digest != base
     assert admit(sampling(seed=0), LIMITS).digest != base

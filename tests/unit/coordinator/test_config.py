@@ -36,18 +36,50 @@ def source(host: str, port: str) -> Source:
             "big=kubernetes://ns/drafts:grpc@2",
             (DraftPoolConfig("big", (Source(KUBERNETES, "drafts", "grpc", "ns"),), 2.0),),
         ),
+        (
+            "chat:acme/chat-70b=a:1@2, code : llama3:8b = b:2, code=c:3, any=[::1]:4",
+            (
+                DraftPoolConfig("chat", (source("a", "1"),), 2.0, "acme/chat-70b"),
+                DraftPoolConfig("code", (source("b", "2"), source("c", "3")), 1.0, "llama3:8b"),
+                DraftPoolConfig("any", (source("[::1]", "4"),), 1.0),
+            ),
+        ),
+        (":m=a:1", (DraftPoolConfig("default", (source("a", "1"),), 1.0, "m"),)),
     ],
 )
-def test_draft_pools_have_names_workers_and_weights(text: str, pools: tuple[DraftPoolConfig, ...]) -> None:
+def test_draft_pools_have_names_models_workers_and_weights(text: str, pools: tuple[DraftPoolConfig, ...]) -> None:
     assert config(drafts=text).draft_pools == pools
 
 
 @pytest.mark.parametrize(
-    "text", ["a=x:1@2,a=y:1@3", "a=x:1@-1", "a=x:1@nan", "a=x:1@much", "a=", "@2", "x", "x:0", "x:65536", "x:y"]
+    "text",
+    [
+        "a=x:1@2,a=y:1@3",
+        "a=x:1@-1",
+        "a=x:1@nan",
+        "a=x:1@much",
+        "a=",
+        "@2",
+        "x",
+        "x:0",
+        "x:65536",
+        "x:y",
+        "a:m=",
+        "a:=x:1",
+        "a:m=x:1,a:n=y:1",
+    ],
 )
 def test_draft_pools_that_make_no_sense_stop_the_start(text: str) -> None:
     with pytest.raises(ConfigError, match="drafts"):
         config(drafts=text)
+
+
+def test_a_draft_pool_serves_a_model_that_has_a_tokenizer() -> None:
+    tokenizer = "chat=simulated,code=simulated"
+    served = CoordinatorConfig(tokenizer=tokenizer, drafts="a:code=x:1,b=y:1", insecure=True)
+    assert [pool.model for pool in served.draft_pools] == ["code", ""]
+    with pytest.raises(ConfigError, match=r"drafts: the pool a serves the model cod, .* one for chat, code"):
+        CoordinatorConfig(tokenizer=tokenizer, drafts="a:cod=x:1", insecure=True)
 
 
 def test_targets_may_be_listed_resolved_and_watched() -> None:

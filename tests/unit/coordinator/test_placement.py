@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -47,17 +48,22 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """`start(targets, {pool name: (weight, drafts)})`, workers being infos by address."""
+    """`start(targets, {pool name: (weight, drafts)}, {pool name: model})`, workers being infos by address."""
     async with AsyncExitStack() as stack:
 
         async def started(
-            targets: dict[str, WorkerInfo | None], drafts: dict[str, tuple[float, dict[str, WorkerInfo | None]]]
+            targets: dict[str, WorkerInfo | None],
+            drafts: dict[str, tuple[float, dict[str, WorkerInfo | None]]],
+            models: Mapping[str, str] = MappingProxyType({}),
         ) -> Cluster:
             pools = {name: FakePool(*infos.items()) for name, (_, infos) in drafts.items()}
             all_targets = FakePool(*targets.items())
             placement = Placement(
                 all_targets.pool,
-                [DraftPool(name, drafts[name][0], fake.pool) for name, fake in pools.items()],
+                [
+                    DraftPool(name, drafts[name][0], fake.pool, model=models.get(name, ""))
+                    for name, fake in pools.items()
+                ],
                 TokenizerSet({"": Vocabulary()}),  # type: ignore[dict-item]
             )
             placement.start()
@@ -139,6 +145,38 @@ async def test_drafts_of_another_served_model_leave_this_one_to_decode_plainly(s
     cluster = await start(both, {"d": (1.0, one_draft("other"))})
     assert [served.ready for served in cluster.placement.served] == [True, False]  # no tokenizer for the other one
     assert cluster.place().pool is None
+
+
+async def test_a_pool_of_one_model_is_no_others(start: Start) -> None:
+    both = targets("t:1") | targets("u:1", name="another")
+    pools = three(mine=1.0, its=1.0, typo=1.0)
+    cluster = await start(both, pools, {"mine": "a target", "its": "another", "typo": "a targe"})
+    assert cluster.pools_of(50) == {"mine": 50}
+    assert cluster.place(model="another").pool.name == "its"
+    drafts = {served.model.name: [pool.name for pool in served.drafts] for served in cluster.placement.served}
+    assert drafts == {"a target": ["mine"], "another": ["its"]}
+    assert cluster.placement.ready_drafts == {"mine": True, "its": True, "typo": False}
+    cluster.drafts["its"].links["its:1"].set_up(False)
+    assert cluster.placement.ready_drafts == {"mine": True, "its": False, "typo": False}
+    assert cluster.place(model="another").pool.name == "its"  # it may come back
+
+
+async def test_a_model_without_a_pool_of_its_own_decodes_plainly_and_is_ready(start: Start) -> None:
+    pools = {"its": (1.0, one_draft("other"))}
+    cluster = await start(targets("t:1"), pools, {"its": "another, which is not up yet"})
+    assert cluster.placement.served[0].ready
+    assert cluster.place().pool is None
+    with pytest.raises(FailedPrecondition, match="the draft pool its serves the target model another") as caught:
+        cluster.place(draft="its")
+    assert caught.value.reason == "MODEL_MISMATCH"
+
+
+async def test_a_pool_that_cannot_draft_for_its_own_model_is_a_mistake_whatever_else_is_served(start: Start) -> None:
+    both = targets("t:1") | targets("u:1", name="another", vocab="other")
+    cluster = await start(both, {"mine": (1.0, one_draft("other"))}, {"mine": "a target"})
+    assert not cluster.placement.served[0].ready
+    with pytest.raises(FailedPrecondition, match="differ in vocabulary"):
+        cluster.place()
 
 
 async def test_the_worker_with_the_cache_is_taken_unless_it_is_full_or_gone(start: Start) -> None:

@@ -34,3 +34,8 @@ def test_blocks_are_finite_whose_values_are_whatever_they_add_up_to(number: floa
     assert pool.is_finite([1, 2]) == finite
     assert pool.is_finite([1, 3])
     assert pool.is_finite([2], first_layer=-1)
+
+
+def test_a_pool_that_no_memory_holds_is_an_error_that_says_so() -> None:
+    with pytest.raises(MemoryError, match="memory"):
+        KvPool(SHAPES, 1 << 50, 2, torch.float32, torch.device("cpu"))

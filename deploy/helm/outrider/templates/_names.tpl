@@ -49,8 +49,9 @@ Takes what outrider.selector takes, and part.
 {{- end }}
 
 {{- define "outrider.serviceAccount" -}}
-{{- if and (eq .component "coordinator") (not .root.Values.serviceAccount.create) -}}
-{{ .root.Values.serviceAccount.coordinatorName }}
+{{- $given := .root.Values.serviceAccount -}}
+{{- if not $given.create -}}
+{{ ternary $given.coordinatorName ($given.workerName | default "default") (eq .component "coordinator") }}
 {{- else -}}
 {{ include "outrider.fullname" .root }}-{{ ternary "coordinator" "worker" (eq .component "coordinator") }}
 {{- end -}}

@@ -14,15 +14,17 @@
   {{- end }}
 {{- end }}
 
+{{/* To the port of the hub or its mirror. */}}
 {{- define "outrider.downloadEgress" -}}
+{{- $hub := urlParse (.Values.models.hubEndpoint | default "https://huggingface.co") -}}
 - to: {{- include "outrider.cidrs" .Values.networkPolicy.downloadCIDRs | nindent 4 }}
-  ports: [{port: 443, protocol: TCP}]
+  ports: [{port: {{ regexFind ":[0-9]+$" $hub.host | trimPrefix ":" | default (ternary "80" "443" (eq $hub.scheme "http")) }}, protocol: TCP}]
 {{- end }}
 
 {{/* To the port of the trace endpoint, 4317 where it names none. */}}
 {{- define "outrider.traceEgress" -}}
 {{- with .Values.logging.traceEndpoint }}
-- ports: [{port: {{ regexFind ":[0-9]+" (urlParse .).host | trimPrefix ":" | default "4317" }}, protocol: TCP}]
+- ports: [{port: {{ regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" | default "4317" }}, protocol: TCP}]
   {{- with $.Values.networkPolicy.traces }}
   to: {{- toYaml . | nindent 4 }}
   {{- end }}

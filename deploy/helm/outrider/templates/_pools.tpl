@@ -41,6 +41,11 @@ All pools as JSON {"pools": [{name, infix, target, draft}]}: the values' own pai
 {{- .modelName | default (ternary .model "" (eq (include "outrider.isHubId" .) "true")) -}}
 {{- end }}
 
+{{/* The name by which requests know a target's model: what it tells of itself when it is given none. */}}
+{{- define "outrider.servedName" -}}
+{{- include "outrider.modelName" . | default (base (include "outrider.modelPath" .)) -}}
+{{- end }}
+
 {{/* Whether a draft needs a model. */}}
 {{- define "outrider.draftHasModel" -}}
 {{- $last := last (splitList "," .drafter) -}}

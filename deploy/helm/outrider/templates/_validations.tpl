@@ -1,6 +1,7 @@
 {{/* Values that the schema can't judge alone: each failure is a sentence that names the value and the way out. */}}
 
 {{- define "outrider.validate" -}}
+{{- include "outrider.validateNames" . -}}
 {{- include "outrider.validatePools" . -}}
 {{- include "outrider.validateRedis" . -}}
 {{- include "outrider.validateTls" . -}}
@@ -8,7 +9,7 @@
 {{- include "outrider.validateRoutes" . -}}
 {{- include "outrider.validateRollingUpdate" (dict "name" "coordinator" "part" .Values.coordinator) -}}
 {{- include "outrider.validateGrace" (dict "name" "coordinator" "part" .Values.coordinator) -}}
-{{- include "outrider.validateSettings" (dict "name" "coordinator" "part" .Values.coordinator "owned" (list "host" "port" "redis_url" "targets" "drafts" "tokenizer")) -}}
+{{- include "outrider.validateSettings" (dict "root" . "name" "coordinator" "part" .Values.coordinator "owned" (list "host" "port" "redis_url" "targets" "drafts" "tokenizer")) -}}
 {{- if and .Values.auth.apiKeysSecret (not .Values.tls.enabled) -}}
   {{- fail "auth.apiKeysSecret: keys would travel in plaintext; set tls.enabled as well" -}}
 {{- end -}}
@@ -18,7 +19,7 @@
 {{- end }}
 
 {{- define "outrider.validatePools" -}}
-{{- $names := list -}}
+{{- $names := list -}}{{- $paths := dict -}}
 {{- range (include "outrider.pools" . | fromJson).pools -}}
   {{- $where := ternary "" (printf "pool %s: " .name) (eq .infix "") -}}
   {{- if has .name $names -}}{{- fail (printf "pools: %s is the name of several" .name) -}}{{- end -}}
@@ -29,7 +30,13 @@
   {{- include "outrider.validateModel" (dict "where" $where "name" "target" "part" .target "root" $) -}}
   {{- include "outrider.validateGpus" (dict "where" $where "name" "target" "part" .target) -}}
   {{- include "outrider.validateGrace" (dict "where" $where "name" "target" "part" .target) -}}
-  {{- include "outrider.validateSettings" (dict "where" $where "name" "target" "part" .target "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size")) -}}
+  {{- include "outrider.validateSettings" (dict "root" $ "where" $where "name" "target" "part" .target "owned" (list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size")) -}}
+  {{- $served := include "outrider.servedName" .target -}}
+  {{- $path := include "outrider.modelPath" .target -}}
+  {{- if ne (get $paths $served | default $path) $path -}}
+    {{- fail (printf "%starget.modelName: %s is already the name of another model; choose one of its own" $where $served) -}}
+  {{- end -}}
+  {{- $_ := set $paths $served $path -}}
   {{- if .draft.enabled -}}
     {{- include "outrider.validateDraft" (dict "where" $where "part" .draft "target" .target "root" $) -}}
   {{- end -}}
@@ -37,6 +44,10 @@
 {{- end }}
 
 {{- define "outrider.validateDraft" -}}
+{{- $chain := splitList "," .part.drafter -}}
+{{- if ne (len $chain) (len (uniq $chain)) -}}
+  {{- fail (printf "%sdraft.drafter: in %s one stands twice" .where .part.drafter) -}}
+{{- end -}}
 {{- if include "outrider.draftHasModel" .part -}}
   {{- if not .part.model -}}
     {{- fail (printf "%sdraft.model: the drafter %s needs a model: name one, choose a drafter without (ngram, suffix), or set draft.enabled=false" .where .part.drafter) -}}
@@ -50,14 +61,18 @@
 {{- if and (gt $parallel 1) (ne (last (splitList "," .part.drafter)) "model") -}}
   {{- fail (printf "%sdraft.tensorParallelSize: the drafter %s cannot be cut over %d GPUs; set draft.tensorParallelSize=1 and draft.gpu.count=1" .where .part.drafter $parallel) -}}
 {{- end -}}
+{{- if and (gt $parallel 1) (eq .part.dtype "int8") -}}
+  {{- fail (printf "%sdraft.dtype: rounded weights cannot be cut over %d GPUs; set draft.tensorParallelSize=1 and draft.gpu.count=1, or another dtype" .where $parallel) -}}
+{{- end -}}
 {{- include "outrider.validateGrace" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- $owned := list "host" "port" "model" "model_name" "dtype" "device" "tensor_parallel_size" "drafter" -}}
 {{- if include "outrider.draftIsHead" .part }}{{ $owned = append $owned "draft_target" }}{{ end -}}
-{{- include "outrider.validateSettings" (dict "where" .where "name" "draft" "part" .part "owned" $owned) -}}
+{{- include "outrider.validateSettings" (dict "root" .root "where" .where "name" "draft" "part" .part "owned" $owned) -}}
 {{- include "outrider.validateRollingUpdate" (dict "where" .where "name" "draft" "part" .part) -}}
 {{- if and (ne .part.model "simulated") (eq .target.model "simulated") (include "outrider.draftHasModel" .part) -}}
   {{- fail (printf "%sdraft.model: a simulated target has no vocabulary that a real draft could share; set draft.drafter=simulated" .where) -}}
 {{- end -}}
+{{- include "outrider.validateSimulatedDraft" . -}}
 {{- end }}
 
 {{- define "outrider.validateRollingUpdate" -}}
@@ -74,6 +89,8 @@
 {{- else if eq $model "simulated" -}}
   {{- if gt (int .part.gpu.count) 0 -}}
     {{- fail (printf "%s%s.gpu.count: a simulated model needs no GPU; set %s.gpu.count=0" .where .name .name) -}}
+  {{- else if gt (int .part.tensorParallelSize) 1 -}}
+    {{- fail (printf "%s%s.tensorParallelSize: a simulated model cannot be cut; set %s.tensorParallelSize=0" .where .name .name) -}}
   {{- end -}}
 {{- else if hasPrefix "/" $model -}}
   {{- if not (hasPrefix "/models/" $model) -}}
@@ -104,20 +121,6 @@
 {{- end -}}
 {{- end }}
 
-{{- define "outrider.validateSettings" -}}
-{{- $owned := concat .owned (list "probe_port" "metrics_port" "drain_s" "reflection" "log_level" "log_format" "trace_endpoint" "trace_sample" "tls_cert" "tls_key" "tls_ca" "tls_client_ca" "insecure" "insecure_redis" "api_keys_file" "max_connection_age_s") -}}
-{{- range $name := keys .part.settings -}}
-  {{- if has $name $owned -}}
-    {{- fail (printf "%s%s.settings.%s: the chart sets this from other values" ($.where | default "") $.name $name) -}}
-  {{- end -}}
-{{- end -}}
-{{- range .part.extraEnv -}}
-  {{- if hasPrefix "OUTRIDER_" .name -}}
-    {{- fail (printf "%s%s.extraEnv: %s belongs into %s.settings" ($.where | default "") $.name .name $.name) -}}
-  {{- end -}}
-{{- end -}}
-{{- end }}
-
 {{- define "outrider.validateRedis" -}}
 {{- $external := or .Values.redis.external.url .Values.redis.external.existingSecret -}}
 {{- if and (not .Values.redis.enabled) (not $external) -}}
@@ -130,12 +133,14 @@
 {{- if and (regexMatch "^redis(\\+sentinel)?://" .Values.redis.external.url) .Values.tls.enabled (not .Values.redis.external.insecure) -}}
   {{- fail "redis.external.url: redis:// and redis+sentinel:// send sessions in plaintext; use rediss:// or rediss+sentinel://, or set redis.external.insecure=true" -}}
 {{- end -}}
+{{- if not .Values.redis.enabled }}{{ include "outrider.validateExternalRedis" . }}{{ end -}}
 {{- end }}
 
 {{- define "outrider.validateTls" -}}
 {{- if .Values.tls.enabled -}}
   {{- if .Values.tls.certManager.enabled -}}
     {{- include "outrider.requireApi" (dict "root" . "api" "cert-manager.io/v1/Certificate" "needed" "tls.certManager") -}}
+    {{- include "outrider.validateDurations" . -}}
   {{- else -}}
     {{- $parts := list "coordinator" "target" -}}
     {{- range (include "outrider.pools" . | fromJson).pools -}}{{- if .draft.enabled -}}{{- $parts = append $parts "draft" -}}{{- end -}}{{- end -}}
@@ -180,6 +185,9 @@
 {{- define "outrider.validateRoutes" -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
   {{- fail "ingress.host: name the host that clients use" -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled .Values.auth.apiKeysSecret (not .Values.ingress.tlsSecret) -}}
+  {{- fail "ingress.tlsSecret: without a certificate of the host, API keys would reach the ingress in plaintext; name its Secret" -}}
 {{- end -}}
 {{- if .Values.gateway.enabled -}}
   {{- include "outrider.requireApi" (dict "root" . "api" "gateway.networking.k8s.io/v1/GRPCRoute" "needed" "gateway") -}}

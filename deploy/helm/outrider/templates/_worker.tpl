@@ -56,6 +56,8 @@ spec:
         {{- end }}
         {{- if .root.Values.models.offline }}
         - {name: HF_HUB_OFFLINE, value: "1"}
+        {{- else if .root.Values.models.hubEndpoint }}
+        - {name: HF_ENDPOINT, value: {{ .root.Values.models.hubEndpoint | quote }}}
         {{- end }}
         {{- include "outrider.extraEnv" .part | nindent 8 }}
       {{- include "outrider.probes" (dict "service" .service "started" .service "seconds" .part.startupSeconds) | nindent 6 }}

@@ -58,6 +58,7 @@ def test_a_device_that_this_torch_does_not_shard_over(monkeypatch: pytest.Monkey
 
 def test_no_process_is_started_for_a_refused_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     options = EngineOptions(str(save_model(tmp_path, "gpt2")), tmp_path, num_ranks=2)
     with pytest.raises(ModelUnsupported, match="no tensor-parallel plan"):
         load_engine(options, Reporter(quiet=True))

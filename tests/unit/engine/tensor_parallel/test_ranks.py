@@ -58,6 +58,7 @@ def test_a_rank_that_ends_before_it_has_joined_fails_the_start(tmp_path: Path, m
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(ranks.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     options = EngineOptions(str(save_model(tmp_path / "model")), tmp_path, num_ranks=2)
     with pytest.raises(WorkerFailed, match=r"rank 1 (of 2 ended with status 3|takes no steps)"):
         load_engine(options, QUIET, Failure())

@@ -1,11 +1,14 @@
 """What a measurement is held to.
 
-Owns: goals, and whether they were met. Must not know: how figures come about. Pure.
+Owns: goals, whether they were met, their table. Must not know: how figures come about. Pure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +37,19 @@ class Goal:
 def ratio(value: float | None, base: float | None) -> float | None:
     """None where either was not measured."""
     return None if value is None or not base else round(value / base, 4)
+
+
+def missed(goals: Sequence[Goal]) -> str:
+    """A sentence about each goal that was missed, one a line; empty where all were met."""
+    return "\n".join(f"{goal.name} is {_measured(goal)}; wanted was {goal.wanted}." for goal in goals if not goal.met)
+
+
+def goal_table(title: str, goals: Sequence[Goal]) -> Table:
+    table = Table(f"{title}: goal", "wanted", "measured", "met")
+    for goal in goals:
+        table.add_row(goal.name, goal.wanted, _measured(goal), "yes" if goal.met else "[bold red]no")
+    return table
+
+
+def _measured(goal: Goal) -> str:
+    return "not measured" if goal.value is None else f"{goal.value:.4g}"
