@@ -86,7 +86,8 @@ class CoordinatorConfig(SecurityConfig):
     heartbeat_ms: int = setting(500, "Milliseconds between signs of life, to clients and in Redis.")
     propose_timeout_s: float = setting(
         5.0,
-        "Seconds after which a draft is late at the latest, and the target goes on alone; learned from its usual time.",
+        "Seconds after which a draft that has not answered counts as lost. The target goes on alone sooner: when the "
+        "wait has cost more than the proposal can be worth.",
     )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
     target_retry_s: float = setting(

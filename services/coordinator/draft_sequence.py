@@ -2,7 +2,8 @@
 
 Owns: what the draft has been told, and when to try again. Must not know: verification, the store, the client, which
 draft is next (its route does). A draft is only a hint: nothing here raises because of the draft, and nothing waits for
-it but `propose`. While another draft is being opened, the target decodes alone.
+it but `propose`, no longer than the round is worth. While a late proposal is under way, a slow worker is on trial, or
+another draft is being opened, the target decodes alone.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
 
 from services.common.errors import DeadlineExceeded, InvalidArgument, OutriderError
 from services.common.items import DraftItem, DraftResult, Opened, Propose, Proposed, Refused
 from services.common.values import Proposal, WorkerInfo
 from services.coordinator.feature_relay import FeatureRelay
 from services.coordinator.plan import GenerationPlan
-from services.coordinator.propose_deadline import ProposeDeadline
+from services.coordinator.propose_deadline import Asked, DraftPace, ProposeDeadline
 from services.coordinator.route import Route
 from services.coordinator.worker_link import Lane
 
@@ -29,6 +29,9 @@ _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _NOTE_LEN = 16
 """Commits are told to a draft that is not proposing in portions of this many tokens."""
+_LATE = DeadlineExceeded("DEADLINE", "the draft is too slow for what its rounds are worth")
+_TRIAL_LEN = 4
+"""Most tokens of a proposal that only tells how long it took, where none was asked for in earnest."""
 
 
 class DraftSequence:
@@ -52,11 +55,14 @@ class DraftSequence:
         self._deadline = deadline
         self._on_ready = on_ready
         self._lane: Lane[DraftItem, DraftResult] | None = None
-        self._ready = False
+        self._opened = False
+        self._asked: Asked | None = None
         self._attempt = 0
         self._round = 0
         self._told_len = 0
         self._num_proposals = 0
+        self._num_draft_tokens = max(1, min(_TRIAL_LEN, plan.num_draft_tokens))
+        """That were asked for last."""
         self._backoff_s = _FIRST_BACKOFF_S
         self._retry: asyncio.TimerHandle | None = None
         self._info: WorkerInfo | None = None
@@ -73,7 +79,12 @@ class DraftSequence:
     @property
     def ready(self) -> bool:
         """Whether a proposal would be quick."""
-        return self._ready
+        return self._opened and self._asked is None and self._pace.in_use
+
+    @property
+    def _pace(self) -> DraftPace:
+        """The worker's."""
+        return self._deadline.pace(self.instance_id)
 
     @property
     def attempt(self) -> int:
@@ -93,6 +104,7 @@ class DraftSequence:
             self._try_later()
             return
         self._info = link.info
+        self._num_draft_tokens = min(self._num_draft_tokens, link.info.max_draft_tokens)
         if self._is_outgrown(link.info):
             self.close()
             return
@@ -112,36 +124,38 @@ class DraftSequence:
         self._close_if_outgrown()
         self._move_if_draining()
         lane, info = self._lane, self._info
-        if lane is None or info is None or not self._ready:
+        if lane is None or info is None or not self.ready:
             return None
-        num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
-        self._round = round_number
-        self._tell(num_draft_tokens, parent_span_id)
-        started_s = asyncio.get_running_loop().time()
+        self._round, self._num_draft_tokens = round_number, min(num_draft_tokens, info.max_draft_tokens)
+        asked = self._ask(parent_span_id=parent_span_id)
         try:
             while True:
-                result = await lane.receive(self._deadline.seconds(num_draft_tokens))
+                result = await lane.receive(self._deadline.patience_s(asked.num_draft_tokens))
                 if isinstance(result, Refused):
                     raise result.error
-                if self._is_awaited(result):
-                    self._check(result.proposal, num_draft_tokens)
-                    self._deadline.arrived(num_draft_tokens, asyncio.get_running_loop().time() - started_s)
-                    self._succeeded()
-                    self.num_cached_tokens = result.num_cached_tokens
+                if isinstance(result, Proposed) and result.proposal.proposal_id == asked.proposal_id:
+                    self._arrived(asked, result)
                     return result
+        except DeadlineExceeded:
+            self._be_late(asked)
         except OutriderError as error:
-            if isinstance(error, DeadlineExceeded):
-                self._deadline.was_late()
             if self._lane is lane:  # else the broken stream has told already
                 self._lose(error)
         return None
 
     def note_commits(self, round_number: int) -> None:
-        """While the target decodes alone: tells the draft of commits now and then, so that it can catch up."""
+        """While the target decodes alone, for each token: tells the draft of commits now and then, so that it can catch
+        up, and tries a slow one."""
         self._round = round_number
         self._close_if_outgrown()
         self._move_if_draining()
-        if self._lane is not None and len(self._tokens) - self._told_len >= _NOTE_LEN:
+        if self._lane is None:
+            return
+        if self._opened and self._asked is None and self._pace.begin_trial(_now_s()):
+            self._ask(trial=True)
+        elif self._is_silent:
+            self._lose(_LATE)
+        elif self._asked is None and len(self._tokens) - self._told_len >= _NOTE_LEN:
             self._tell(0)
 
     def close(self) -> None:
@@ -150,6 +164,55 @@ class DraftSequence:
         if self._route is not None:
             self._route.close()
             self._route = None
+
+    def _ask(self, *, trial: bool = False, parent_span_id: int = 0) -> Asked:
+        self._tell(self._num_draft_tokens, parent_span_id)
+        self._asked = Asked(self._num_proposals, self._num_draft_tokens, self._pace, _now_s(), trial)
+        return self._asked
+
+    def _be_late(self, asked: Asked) -> None:
+        """Goes on without; the answer, when it comes, tells how long it took."""
+        fields = self._plan.log_fields(self._round)
+        log.info("session %s decodes while the draft %s is late", self._plan.session_id, self.instance_id, extra=fields)
+        if self._deadline.is_lost(asked, _now_s()):
+            self._lose(_LATE)
+
+    def _arrived(self, asked: Asked, result: Proposed) -> None:
+        """The answer to what was asked. Raises InvalidArgument for what the target would refuse."""
+        self._asked = None
+        timely = self._deadline.answered(asked, _now_s())
+        self._check(result.proposal, asked.num_draft_tokens)
+        self.num_cached_tokens = result.num_cached_tokens
+        if timely:
+            self._succeeded()
+
+    def _arrived_unawaited(self, asked: Asked, result: Proposed) -> None:
+        """What it proposes is of no use any more: the target has gone on.
+
+        A draft that is always slow is left for another by one sequence for each trial: all at once would only move the
+        load.
+        """
+        try:
+            self._arrived(asked, result)
+        except OutriderError as error:
+            self._lose(error)
+            return
+        if asked.trial and asked.pace.is_habitual and self._has_other:
+            self._lose(_LATE)
+        elif self.ready:
+            self._on_ready()
+
+    @property
+    def _is_silent(self) -> bool:
+        """Whether what was asked is not to be expected any more, or better asked of another draft."""
+        if (asked := self._asked) is None:
+            return False
+        now_s = _now_s()
+        return self._deadline.is_lost(asked, now_s) or (self._deadline.is_overdue(asked, now_s) and self._has_other)
+
+    @property
+    def _has_other(self) -> bool:
+        return self._route is not None and self._route.has_other
 
     def _tell(self, num_draft_tokens: int, parent_span_id: int = 0) -> None:
         if self._lane is None:
@@ -165,17 +228,19 @@ class DraftSequence:
     def _on_result(self, result: DraftResult) -> bool:
         if isinstance(result, Opened):
             self.num_cached_tokens = result.num_cached_tokens
-            self._ready = True
+            self._opened = True
             self._on_ready()
             return True
-        waiting = self._lane is not None and self._lane.waiting
-        if isinstance(result, Refused) and not waiting:
-            self._lose(result.error)  # of the Open, or of a note of commits
-            return True
-        return isinstance(result, Proposed) and not (waiting and self._is_awaited(result))
+        if self._lane is not None and self._lane.waiting:
+            return isinstance(result, Proposed) and not self._is_asked_for(result)
+        if isinstance(result, Refused):
+            self._lose(result.error)  # of the Open, of a note of commits, or of a trial
+        elif self._asked is not None and self._is_asked_for(result):
+            self._arrived_unawaited(self._asked, result)
+        return True
 
-    def _is_awaited(self, result: DraftResult) -> TypeGuard[Proposed]:
-        return isinstance(result, Proposed) and result.proposal.proposal_id == self._num_proposals
+    def _is_asked_for(self, result: Proposed) -> bool:
+        return self._asked is not None and result.proposal.proposal_id == self._asked.proposal_id
 
     def _check(self, proposal: Proposal, num_draft_tokens: int) -> None:
         """Raises InvalidArgument for what the target would refuse."""
@@ -224,7 +289,10 @@ class DraftSequence:
             self._route.succeeded()
 
     def _drop(self) -> None:
-        lane, self._lane, self._ready = self._lane, None, False
+        lane, self._lane, self._opened = self._lane, None, False
+        asked, self._asked = self._asked, None
+        if asked is not None and asked.trial:
+            asked.pace.end_trial(_now_s())
         if lane is not None:
             lane.on_result = lane.on_broken = None
             lane.close(self._plan.identity(self._attempt, self._round, len(self._tokens)))
@@ -241,3 +309,7 @@ class DraftSequence:
         if self._route is not None:
             self._route.forgive()
         self.open()
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

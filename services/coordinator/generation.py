@@ -85,6 +85,7 @@ class Generation:
         self._draft = DraftSequence(
             routes.draft, plan, tokens, deadline=timeouts.propose, on_ready=self._interrupt_for_draft
         )
+        self._deadline = timeouts.propose
         self._length = length
         self._clock = clock
         self._lap_started_ns = 0
@@ -229,6 +230,8 @@ class Generation:
             span.set(num_accepted_tokens=verified.num_accepted_tokens, num_tokens=len(kept.token_ids))
         self._statistics.round(proposed, verified, len(kept.token_ids), wall_ns, kept.offset)
         self._length.round(num_draft_tokens, proposed, verified, wall_ns)
+        self._deadline.stepped(verified.step_ns)
+        self._deadline.verified(num_draft_tokens, verified.num_accepted_tokens)
         self._commit_and_emit(kept)
 
     async def _decode(self) -> None:
@@ -242,7 +245,7 @@ class Generation:
 
     async def _decoded(self, num_free_tokens: int, parent_span_id: int) -> None:
         self._target.begin_decode(num_free_tokens, parent_span_id)
-        done = False
+        done, first = False, True
         while not done and self._finish is None:
             decoded = await self._target.next_decoded()
             done = decoded.done
@@ -250,6 +253,8 @@ class Generation:
                 kept = self._trim(decoded)
                 self._statistics.decoded(len(kept.token_ids), decoded.timings.total_ns)
                 self._length.decoded(decoded, self._lap_ns())
+                self._deadline.stepped(decoded.step_ns, first=first)
+                first = False
                 self._commit_and_emit(kept)
                 self._draft.note_commits(self._target.round)
             if self._output.full or self._num_draft_tokens or self._target.should_move:

@@ -34,6 +34,11 @@ class Route(Protocol[ItemT, ResultT]):
         """Whether the worker is to be left, and another one would take the generation. Cheap."""
         ...
 
+    @property
+    def has_other(self) -> bool:
+        """Whether another worker than the present one would take the generation."""
+        ...
+
     def place(self) -> bool:
         """Whether the generation is placed now: where it was, if it may be opened there, or on another worker that has
         not failed it."""
@@ -88,7 +93,12 @@ class PoolRoute(Generic[ItemT, ResultT]):
 
     @property
     def should_move(self) -> bool:
-        return self._worker is not None and self._worker.draining and self._choose(self._failed) is not None
+        return self._worker is not None and self._worker.draining and self.has_other
+
+    @property
+    def has_other(self) -> bool:
+        present = {self._worker.address} if self._worker else set()
+        return self._choose(self._failed | present) is not None
 
     def place(self) -> bool:
         if self._worker is not None and (self._worker.draining or not self._worker.link.up):

@@ -36,7 +36,7 @@ MAX_PREFIX_TOKENS_A_MESSAGE = 200_000
 
 _DESCRIBE_TIMEOUT_S = 2.0
 _MAX_BACKOFF_S = 2.0
-_SWEEP_S = 0.1
+_SWEEP_S = 0.05
 _REFRESH_S = 1.0
 
 
@@ -97,6 +97,9 @@ class Lane(Generic[ItemT, ResultT]):
             self._waiter, self.deadline = loop.create_future(), loop.time() + timeout_s
             try:
                 await self._waiter
+            except DeadlineExceeded:
+                if not self._results:  # else it came before this task woke up
+                    raise
             finally:
                 self._waiter = None
         return self._results.popleft()

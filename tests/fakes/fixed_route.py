@@ -12,6 +12,7 @@ class FixedRoute:
     """For generations beside which there is no placement."""
 
     should_move = False
+    has_other = False
     hopeless = None
 
     def __init__(self, link: WorkerLink[Any, Any]) -> None:

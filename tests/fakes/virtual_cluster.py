@@ -60,6 +60,8 @@ class Clock:
     """A device's own: it runs ahead of the loop's while a step is computed."""
 
     now_s: float = 0.0
+    pause_s: Callable[[], float] = lambda: 0.0
+    """How much longer the next wait takes."""
 
     def seconds(self) -> float:
         return self.now_s
@@ -68,7 +70,7 @@ class Clock:
         return round(self.now_s * 1e9)
 
     def sleep(self, duration_s: float) -> None:
-        self.now_s += duration_s
+        self.now_s += duration_s + self.pause_s()
 
 
 class VirtualLink(WorkerLink[Any, Any]):
@@ -86,6 +88,7 @@ class VirtualLink(WorkerLink[Any, Any]):
         self._hold: asyncio.TimerHandle | None = None
         self._info = info
         self._up.set()
+        self._tasks = [asyncio.create_task(self._sweep())]
 
     def enqueue(self, items: Sequence[Any]) -> None:
         self._way_there.append(tuple(items))
@@ -152,13 +155,6 @@ class SlowStore:
         return [None] * len(writes)
 
 
-class Unhurried(ProposeDeadline):
-    """Proposals are never late."""
-
-    def seconds(self, num_draft_tokens: int) -> float:
-        return FOREVER_S
-
-
 class Counted(Generation):
     """A generation that tells how far it is."""
 
@@ -203,6 +199,9 @@ class VirtualCluster:
     def __post_init__(self) -> None:
         times, delay_s = self.times, self.times.delay_ms / 1e3
         clocks = Clock(), Clock()
+        self._num_ended = 0
+        self.draft_clock = clocks[1]
+        self.deadline = ProposeDeadline(5.0)
         blocks = BlockManager(8192, 16), BlockManager(8192, 16)
         target = SimulatedTarget(
             blocks[0],
@@ -265,10 +264,19 @@ class VirtualCluster:
             journal=Journal(self._committer, plan.session_id, 1, RecordCopy.of(prompt, bytes(len(prompt)), b"", {})),
             output=output,
             statistics=StatisticsCollector(arrived_ns=0, lossy=False, num_replaced_tokens=0),
-            timeouts=Timeouts(Unhurried(FOREVER_S), FOREVER_S, 1.0),
+            timeouts=Timeouts(self.deadline, FOREVER_S, 1.0),
             length=length,
             clock=loop.nanoseconds,
         )
+
+    async def generate_one(self, num_tokens: int, num_draft_tokens: int | None) -> Counted:
+        """One generation to its end, after those before. `aclose` afterwards."""
+        self._num_ended += 1
+        if self._num_ended == 1:
+            self._committer.start()
+        generation = self.generation(self._num_ended, num_tokens, num_draft_tokens)
+        await generation.start()
+        return generation
 
     async def generate(self, num_sequences: int, num_draft_tokens: int | None, *, skipped: int, measured: int) -> float:
         """Tokens a second while so many generations run that start together, and are stopped in the end.
@@ -287,8 +295,14 @@ class VirtualCluster:
         self.alphas = _alphas([generation.statistics for generation in generations])
         for generation in generations:
             await generation.stop(None)
-        await self._committer.aclose()
+        await self.aclose()
         return rate
+
+    async def aclose(self) -> None:
+        """Nothing runs any more."""
+        await self._committer.aclose()
+        await self.target.aclose()
+        await self.draft.aclose()
 
     async def serve(
         self, num_places: int, num_draft_tokens: int, *, prompt_len: int, output_len: int, num_requests: int
@@ -323,7 +337,7 @@ class VirtualCluster:
         for generation in all_begun:
             await generation.stop(None)
         await asyncio.gather(*places)
-        await self._committer.aclose()
+        await self.aclose()
         firsts = [g.first_s - g.began_s for g in all_begun if g.first_s >= started_s]
         return Served(
             num_tokens / took_s,
