@@ -43,7 +43,7 @@ def test_of_updates(known: dict[str, int], tmp_path: Path) -> None:
     path = tmp_path / "upgrade.json"
     if known:
         path.write_text(json.dumps(known))
-    rolling_update.record(path, "one to another", [])
+    rolling_update.record_results(path, "one to another", [])
     document = json.loads(path.read_text())
     assert document.keys() == {*known, "one to another"}
     check(document["one to another"]["environment"], "make check-upgrade")

@@ -226,7 +226,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(tmp_path):
     cache = tmp_path / "cache"
     code = (
         "import runpy, sys, time, services.engine.gguf as gguf\n"
-        "def convert(source, work):\n"
+        "def convert(source, work, *_):\n"
         "    print('converting', file=sys.__stderr__, flush=True)\n"
         "    while True: time.sleep(0.05)  # a signal just before a long sleep would be heard after it\n"
         "gguf._convert = convert\n"
