@@ -17,6 +17,7 @@ from outrider.v1 import coordinator_pb2_grpc, target_pb2
 from services.common import rpc, rpc_errors
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.worker_server import BuiltWorker, Recipe, RunningWorker, running_worker
+from services.coordinator import propose_deadline
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
 from services.draft.config import DraftConfig
@@ -105,6 +106,13 @@ def start_cluster(redis_url: str) -> StartCluster:
             yield Cluster(coordinator, running_t, running_d, stub)
 
     return start
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts may take their time: for models whose steps are so short that a busy machine's pauses outlast them."""
+    monkeypatch.setattr(propose_deadline, "MIN_SLOW_S", 60.0)
+    monkeypatch.setattr(propose_deadline, "MIN_PATIENCE_S", 60.0)
 
 
 def at_held_port(config: W, stack: contextlib.AsyncExitStack) -> W:

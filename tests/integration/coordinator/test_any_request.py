@@ -18,6 +18,8 @@ from services.common.service import wait_until
 from services.engine.simulated import SimulatedTarget
 from tests.integration.coordinator.conftest import Cluster
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 NUM_AT_ONCE = 8
 MAX_CUTS = 4
 

@@ -104,6 +104,7 @@ def running_tiny(start: StartCluster, tiny: str) -> contextlib.AbstractAsyncCont
     return start(target, draft, tokenizer=tiny)
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 async def test_a_real_targets_coupled_tokens_are_its_own_whatever_a_lying_draft_says(
     start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str, temperature: float
@@ -120,6 +121,7 @@ async def test_a_real_targets_coupled_tokens_are_its_own_whatever_a_lying_draft_
         assert sum(told) > 0
 
 
+@pytest.mark.usefixtures("unhurried")
 async def test_a_real_target_replaces_impossible_rows_and_says_so(
     start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str
 ) -> None:

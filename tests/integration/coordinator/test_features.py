@@ -18,6 +18,8 @@ from tests.feature_drafts import export, feature_student
 from tests.integration.coordinator.conftest import Cluster, StartCluster
 from tests.tiny_models import HIDDEN_SIZE, save_model
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 COUPLED = sampling_pb2.SamplingParams(temperature=0.8, seed=7)
 GREEDY = sampling_pb2.SamplingParams(temperature=0.0)
 REJECTION = sampling_pb2.VERIFICATION_METHOD_REJECTION

@@ -19,6 +19,8 @@ from tests.integration.coordinator.conftest import Cluster, StartCluster
 from tests.tiny_models import build_model
 from tests.vocabularies import byte_level, characters, save_with, twin, vocabulary
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 COUPLED = sampling_pb2.SamplingParams(temperature=0.8, seed=7)
 GREEDY = sampling_pb2.SamplingParams(temperature=0.0)
 REJECTION = sampling_pb2.VERIFICATION_METHOD_REJECTION
