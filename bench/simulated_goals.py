@@ -29,6 +29,11 @@ def goals_of(simulated: Document, overhead: Document, plain: Document) -> tuple[
         Goal("speed-up over the formula's, less 1", (simulated["formula"] or {}).get("relative_error"), 0.03, -0.03),
         Goal("CPU time a round, 64 sessions over 1", overhead["cpu_ratio"], 0.6),
         Goal("overhead of a round at 1 session, p50 in ms", alone["coordinator_overhead_ms"]["p50"], 1.5),
+        Goal(
+            "share of the rounds that had a draft",
+            min(round(entry["num_drafts"] / entry["num_rounds"], 3) for entry in overhead["sessions"]),
+            least=0.5,
+        ),
         Goal("failed requests", simulated["failed_requests"] + overhead["failed_requests"], 0),
         Goal("plain decoding's rate over the engine's", plain["ratio"], least=0.95),
     )

@@ -62,6 +62,8 @@ class ClusterSpec:
     simulated_row_ms: float = 0.0
     simulated_token_ms: float = 2.0
     simulated_acceptance: float = 0.7
+    min_propose_ms: float | None = None
+    """None: the coordinator's default."""
     max_sequences: int = 256
     threads: int = 0
     coordinator_port: int = 0
@@ -296,6 +298,8 @@ def coordinator_flags(spec: ClusterSpec, tokenizer: str, redis: str, targets: st
     flags += ["--metrics-port", "0"]
     if spec.num_draft_tokens is not None:
         flags += ["--num-draft-tokens", str(spec.num_draft_tokens)]
+    if spec.min_propose_ms is not None:
+        flags += ["--min-propose-ms", str(spec.min_propose_ms)]
     return flags
 
 

@@ -89,6 +89,9 @@ class CoordinatorConfig(SecurityConfig):
         "Seconds after which a draft that has not answered counts as lost. The target goes on alone sooner: when the "
         "wait has cost more than the proposal can be worth.",
     )
+    min_propose_ms: float = setting(
+        20.0, "Milliseconds that a draft may take for a proposal however little that is worth to the target."
+    )
     target_timeout_s: float = setting(120.0, "Seconds after which a silent target counts as lost.")
     target_retry_s: float = setting(
         120.0, "Seconds that a generation waits for a lost target to come back, its model's load included."
@@ -131,6 +134,7 @@ class CoordinatorConfig(SecurityConfig):
             "tombstone_s": (1, 10_000_000),
             "heartbeat_ms": (10, 60_000),
             "propose_timeout_s": (0.001, 3600),
+            "min_propose_ms": (0, 3_600_000),
             "target_timeout_s": (0.001, 3600),
             "target_retry_s": (0, 3600),
             "redis_outage_after_s": (0.01, 3600),

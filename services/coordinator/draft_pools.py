@@ -40,7 +40,7 @@ class DraftPool:
         name: str,
         weight: float,
         workers: WorkerPool[DraftItem, DraftResult],
-        propose_timeout_s: float = 5.0,
+        new_deadline: Callable[[], ProposeDeadline] = lambda: ProposeDeadline(5.0),
         model: str = "",
     ) -> None:
         self.name = name
@@ -49,12 +49,12 @@ class DraftPool:
         self.workers = workers
         self.new_policy: Callable[[str], LengthPolicy] = lambda model: LengthPolicy()
         """Makes the policy for a model, by its name."""
-        self._propose_timeout_s = propose_timeout_s
+        self._new_deadline = new_deadline
         self._shares: dict[str, DraftShare] = {}
 
     def share(self, model: str) -> DraftShare:
         if model not in self._shares:
-            self._shares[model] = DraftShare(self.new_policy(model), ProposeDeadline(self._propose_timeout_s))
+            self._shares[model] = DraftShare(self.new_policy(model), self._new_deadline())
         return self._shares[model]
 
     @property

@@ -8,7 +8,7 @@ sequence does without its draft, how many tokens pay (coordinator.draft_length),
                                                     computes the steps of others meanwhile
     patience(K)   PATIENCE * slow                   nobody waits longer
 
-The last two are raised to what a busy machine's pauses take, and are at most `max_s`.
+The last two are raised to `least_s` and to what a busy machine's pauses take, and are at most `max_s`.
 
 A worker whose slow proposals have together taken what one may be waited for is out of use. It is asked on, one proposal
 at a time, while the target decodes: what comes back tells only how long it took, and one that was not slow puts the
@@ -25,7 +25,6 @@ from services.coordinator.round_cost import Mean
 
 MIN_PATIENCE_S = 0.1
 """Below this, a busy machine's pauses would pass for losses."""
-MIN_SLOW_S = 0.02
 SLACK = 1.5
 PATIENCE = 2.0
 OVERDUE = 10.0
@@ -119,9 +118,11 @@ class Asked:
 class ProposeDeadline:
     """Told of every step of the target that these sequences took part in, and what became of every proposal."""
 
-    def __init__(self, max_s: float) -> None:
+    def __init__(self, max_s: float, least_s: float = 0.02) -> None:
+        """`least_s`: what a proposal may take however little it is worth."""
         self.max_s = max_s
         """After which a draft that has not answered counts as lost; nobody waits longer."""
+        self._least_s = least_s
         self._step_s = Mean()
         self._first_s = 0.0
         self._yield = Mean(1.0, 1)
@@ -150,7 +151,7 @@ class ProposeDeadline:
         if not step_s:
             return self.max_s
         worth_s = step_s * max(1.0, self._yield.value * num_draft_tokens)
-        return min(self.max_s, max(MIN_SLOW_S, SLACK * worth_s))
+        return min(self.max_s, max(self._least_s, SLACK * worth_s))
 
     def patience_s(self, num_draft_tokens: int) -> float:
         """How long to wait for it."""

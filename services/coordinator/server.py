@@ -41,6 +41,7 @@ from services.coordinator.draft_pools import DraftPool
 from services.coordinator.metrics import EXPECTED_CALLS, CoordinatorCollector
 from services.coordinator.open_calls import SPARE_CALLS, OpenCalls
 from services.coordinator.placement import Placement
+from services.coordinator.propose_deadline import ProposeDeadline
 from services.coordinator.quotas import Quotas
 from services.coordinator.renewing_link import RenewingLink
 from services.coordinator.servicer import CoordinatorServicer
@@ -161,7 +162,7 @@ def _placement(config: CoordinatorConfig, tokenizers: TokenizerSet) -> Placement
             pool.name,
             pool.weight,
             _pool(config, f"draft pool {pool.name}", pool.sources, DRAFT_CODEC, draft_channels),
-            config.propose_timeout_s,
+            lambda: ProposeDeadline(config.propose_timeout_s, config.min_propose_ms / 1e3),
             pool.model,
         )
         for pool in config.draft_pools

@@ -35,6 +35,7 @@ def test_overhead_is_measured_at_1_and_64_sessions_without_failures(tmp_path: Pa
         # The first token of a request is the prefill's; a round gives one at least, and with 4 drafted 5 at most.
         num_generations = num_repeats * num_requests
         assert num_generations * (num_tokens - 1) / 5 <= entry["num_rounds"] <= num_generations * num_tokens
+        assert 0 < entry["num_drafts"] <= entry["num_rounds"]
         assert entry["tokens_per_s"] > 0
         overhead = entry["coordinator_overhead_ms"]
         assert 0 < overhead["p50"] <= overhead["p99"]

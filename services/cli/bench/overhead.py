@@ -27,6 +27,7 @@ from services.common.values import DEFAULT_NUM_DRAFT_TOKENS
 
 NUM_SESSIONS = (1, 64)
 _NUM_REPEATS = 3
+_PATIENCE_MS = 60_000.0
 _CONVERSATIONS = {1: 8, 64: 128}
 
 
@@ -36,6 +37,8 @@ class OverheadReport:
 
     num_sessions: int
     num_rounds: int
+    num_drafts: int
+    """Rounds with a draft; there is none before the draft worker has computed the prompt."""
     failed_requests: int
     cpu_ms_per_round: float
     coordinator_overhead_ms: Percentiles
@@ -45,14 +48,20 @@ class OverheadReport:
 def measure_overhead(plan: LoadPlan, conversation: Conversation, console: Console) -> tuple[OverheadReport, ...]:
     """Starts a simulated cluster without latencies; the numbers of sessions alternate. Raises CommandFailed.
 
-    Drafts a fixed number of tokens: as many as pay, where a target's tokens cost nothing, are none.
+    Drafts a fixed number of tokens, however long that takes: as many as pay, where a target's tokens cost nothing, are
+    none.
     """
     if plan.options.num_draft_tokens is None:
         plan = dataclasses.replace(
             plan, options=dataclasses.replace(plan.options, num_draft_tokens=DEFAULT_NUM_DRAFT_TOKENS)
         )
     spec = ClusterSpec(
-        target=SIMULATED, drafter=SIMULATED, simulated_step_ms=0.0, simulated_row_ms=0.0, simulated_token_ms=0.0
+        target=SIMULATED,
+        drafter=SIMULATED,
+        simulated_step_ms=0.0,
+        simulated_row_ms=0.0,
+        simulated_token_ms=0.0,
+        min_propose_ms=_PATIENCE_MS,
     )
     blocks: dict[int, list[Block]] = {count: [] for count in NUM_SESSIONS}
     cpu_per_round: dict[int, list[float]] = {count: [] for count in NUM_SESSIONS}
@@ -77,11 +86,12 @@ def cpu_ratio(reports: Sequence[OverheadReport]) -> float:
 
 
 def print_overhead(reports: Sequence[OverheadReport], console: Console) -> None:
-    table = Table("sessions", "rounds", "failed", "CPU ms a round", "overhead ms p50 / p99", "tokens/s")
+    table = Table("sessions", "rounds", "drafted", "failed", "CPU ms a round", "overhead ms p50 / p99", "tokens/s")
     for report in reports:
         table.add_row(
             str(report.num_sessions),
             str(report.num_rounds),
+            str(report.num_drafts),
             str(report.failed_requests),
             number(report.cpu_ms_per_round, 4),
             f"{number(report.coordinator_overhead_ms.p50)} / {number(report.coordinator_overhead_ms.p99)}",
@@ -106,6 +116,7 @@ def _report(count: int, blocks: list[Block], cpu_per_round: list[float]) -> Over
     return OverheadReport(
         num_sessions=count,
         num_rounds=_num_rounds(blocks),
+        num_drafts=sum(sample.statistics.num_drafts for sample in samples),
         failed_requests=sum(len(block.outcomes) for block in blocks) - len(samples),
         cpu_ms_per_round=round(statistics.median(cpu_per_round), 5),
         coordinator_overhead_ms=Percentiles.of(ms for sample in samples for ms in sample.statistics.overhead_ms),

@@ -17,7 +17,6 @@ from outrider.v1 import coordinator_pb2_grpc, target_pb2
 from services.common import rpc, rpc_errors
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.worker_server import BuiltWorker, Recipe, RunningWorker, running_worker
-from services.coordinator import propose_deadline
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.server import RunningCoordinator, running_coordinator
 from services.draft.config import DraftConfig
@@ -73,6 +72,9 @@ class Cluster:
             raise rpc_errors.error_from_rpc(error) from error
 
 
+UNHURRIED_MS = 60_000.0
+"""For drafts of models whose steps are so short that a busy machine's pauses outlast them."""
+
 StartCluster = Callable[..., contextlib.AbstractAsyncContextManager[Cluster]]
 
 
@@ -106,13 +108,6 @@ def start_cluster(redis_url: str) -> StartCluster:
             yield Cluster(coordinator, running_t, running_d, stub)
 
     return start
-
-
-@pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts may take their time: for models whose steps are so short that a busy machine's pauses outlast them."""
-    monkeypatch.setattr(propose_deadline, "MIN_SLOW_S", 60.0)
-    monkeypatch.setattr(propose_deadline, "MIN_PATIENCE_S", 60.0)
 
 
 def at_held_port(config: W, stack: contextlib.AsyncExitStack) -> W:

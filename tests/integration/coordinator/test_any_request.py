@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
@@ -16,9 +17,14 @@ from services.common import rpc_errors
 from services.common.errors import Aborted
 from services.common.service import wait_until
 from services.engine.simulated import SimulatedTarget
-from tests.integration.coordinator.conftest import Cluster
+from tests.integration.coordinator.conftest import UNHURRIED_MS, Cluster, StartCluster
 
-pytestmark = pytest.mark.usefixtures("unhurried")
+
+@pytest.fixture
+async def cluster(start_cluster: StartCluster) -> AsyncIterator[Cluster]:
+    async with start_cluster(min_propose_ms=UNHURRIED_MS) as running:
+        yield running
+
 
 NUM_AT_ONCE = 8
 MAX_CUTS = 4

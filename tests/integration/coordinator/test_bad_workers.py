@@ -22,7 +22,7 @@ from services.draft.server import running_draft
 from services.engine.drafters.base import Draft
 from services.target.config import TargetConfig
 from services.target.server import running_target
-from tests.integration.coordinator.conftest import DRAFT, TARGET, Cluster, StartCluster
+from tests.integration.coordinator.conftest import DRAFT, TARGET, UNHURRIED_MS, Cluster, StartCluster
 from tests.tiny_models import save_model
 
 SAMPLED = sampling_pb2.SamplingParams(temperature=1.0, seed=7)
@@ -101,10 +101,9 @@ def running_tiny(start: StartCluster, tiny: str) -> contextlib.AbstractAsyncCont
     """A real target, and itself for a draft."""
     target = TargetConfig(port=0, model=tiny, num_blocks=128, threads=1)
     draft = DraftConfig(port=0, model=tiny, drafter="model", num_blocks=128, threads=1)
-    return start(target, draft, tokenizer=tiny)
+    return start(target, draft, tokenizer=tiny, min_propose_ms=UNHURRIED_MS)
 
 
-@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 async def test_a_real_targets_coupled_tokens_are_its_own_whatever_a_lying_draft_says(
     start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str, temperature: float
@@ -121,7 +120,6 @@ async def test_a_real_targets_coupled_tokens_are_its_own_whatever_a_lying_draft_
         assert sum(told) > 0
 
 
-@pytest.mark.usefixtures("unhurried")
 async def test_a_real_target_replaces_impossible_rows_and_says_so(
     start_cluster: StartCluster, tell: Callable[[Lie], list[int]], tiny: str
 ) -> None:

@@ -15,10 +15,8 @@ from services.engine.feature_draft import FeatureDraftModel
 from services.engine.sequence import Sequence
 from services.target.config import TargetConfig
 from tests.feature_drafts import export, feature_student
-from tests.integration.coordinator.conftest import Cluster, StartCluster
+from tests.integration.coordinator.conftest import UNHURRIED_MS, Cluster, StartCluster
 from tests.tiny_models import HIDDEN_SIZE, save_model
-
-pytestmark = pytest.mark.usefixtures("unhurried")
 
 COUPLED = sampling_pb2.SamplingParams(temperature=0.8, seed=7)
 GREEDY = sampling_pb2.SamplingParams(temperature=0.0)
@@ -54,6 +52,7 @@ def running(
         TargetConfig(port=0, model=target, num_blocks=128, threads=1),
         DraftConfig(port=0, drafter=drafter, model=draft, num_blocks=128, threads=1),
         tokenizer=target,
+        min_propose_ms=UNHURRIED_MS,
     )
 
 

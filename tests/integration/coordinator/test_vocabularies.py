@@ -15,11 +15,9 @@ from services.draft.config import DraftConfig
 from services.draft.server import build
 from services.engine.vocabulary_pair import match_vocabularies
 from services.target.config import TargetConfig
-from tests.integration.coordinator.conftest import Cluster, StartCluster
+from tests.integration.coordinator.conftest import UNHURRIED_MS, Cluster, StartCluster
 from tests.tiny_models import build_model
 from tests.vocabularies import byte_level, characters, save_with, twin, vocabulary
-
-pytestmark = pytest.mark.usefixtures("unhurried")
 
 COUPLED = sampling_pb2.SamplingParams(temperature=0.8, seed=7)
 GREEDY = sampling_pb2.SamplingParams(temperature=0.0)
@@ -63,6 +61,7 @@ def running(
             threads=1,
         ),
         tokenizer=target,
+        min_propose_ms=UNHURRIED_MS,
     )
 
 

@@ -11,7 +11,6 @@ from services.coordinator.propose_deadline import (
     MAX_BACKOFF_S,
     MAX_SLOWNESS,
     MIN_PATIENCE_S,
-    MIN_SLOW_S,
     OVERDUE,
     PATIENCE,
     RECOVERY,
@@ -68,16 +67,17 @@ def test_a_first_token_counts_until_there_are_others() -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 10**10), st.booleans()) | st.integers(0, 16), max_size=40),
     st.floats(0.01, 10),
+    st.floats(0, 20),
     st.integers(1, 16),
 )
-def test_it_stays_within_its_limits(events: list[tuple[int, bool] | int], max_s: float, k: int) -> None:
-    deadline = ProposeDeadline(max_s)
+def test_it_stays_within_its_limits(events: list[tuple[int, bool] | int], max_s: float, least_s: float, k: int) -> None:
+    deadline = ProposeDeadline(max_s, least_s)
     for event in events:
         if isinstance(event, int):
             deadline.verified(16, event)
         else:
             deadline.stepped(event[0], first=event[1])
-        assert min(MIN_SLOW_S, max_s) <= deadline.slow_s(k) <= deadline.patience_s(k) <= max_s
+        assert min(least_s, max_s) <= deadline.slow_s(k) <= deadline.patience_s(k) <= max_s
         assert deadline.patience_s(k) >= min(MIN_PATIENCE_S, max_s)
 
 
