@@ -120,7 +120,7 @@ class DraftCore:
         blocks = self._drafter.blocks
         return WorkerLoad(
             num_sequences=len(self._table),
-            num_queued=sum(len(slot.pending) for slot in self._table.slots),
+            num_queued=sum((s.opening is not None) + (s.proposing is not None) for s in self._table.slots),
             num_used_blocks=blocks.num_used_blocks if blocks else 0,
             num_blocks=blocks.num_blocks if blocks else 0,
             draining=self._draining,

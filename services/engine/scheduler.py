@@ -117,17 +117,21 @@ class Scheduler:
         affordable = min(affordable, 2 * self.times.num_tokens_known)
         return min(max(affordable, MIN_PREFILL_BUDGET), self._max_prefill_budget)
 
-    def plan(self, demands: list[Demand], num_expected_rows: int = 0) -> list[Work]:
+    def plan(
+        self, demands: list[Demand], num_expected_rows: int = 0, sequences: list[Sequence] | None = None
+    ) -> list[Work]:
         """The works of the next step, at most one a sequence; their block tables have room for them.
 
-        `demands` names every open sequence, oldest first: those without work may have to give up their blocks.
-        `num_expected_rows` are not there yet, but may be before the step ends.
+        `demands` are of the sequences with something to compute, oldest first; `sequences` all that are open, oldest
+        first, as those without work may have to give up their blocks (None: the demands'). `num_expected_rows` are
+        not there yet, but may be before the step ends.
         """
+        sequences = [demand.sequence for demand in demands] if sequences is None else sequences
         rows = [demand for demand in demands if demand.is_row]
         awaited = [d for d in demands if d.awaited and not d.is_row and d.num_tokens_to_cache > 0]
         eager = [d for d in demands if not d.awaited and d.num_tokens_to_cache > 0]
 
-        works = self._plan_rows(demands)
+        works = self._plan_rows(rows, sequences)
         if works and not self.times.knows_rows:
             return works
         all_have_room = len(works) == len(rows)
@@ -145,16 +149,16 @@ class Scheduler:
                 budget -= works[-1].num_new_tokens
                 whole_budget -= works[-1].num_new_tokens
         if not works and (first := next(iter(rows + awaited), None)):
-            self._preempt_for(first, [d.sequence for d in demands if d is not first])
+            self._preempt_for(first, [sequence for sequence in sequences if sequence is not first.sequence])
             works.append(self._chunk(first, budget))
         return works
 
-    def _plan_rows(self, demands: list[Demand]) -> list[Work]:
+    def _plan_rows(self, rows: list[Demand], sequences: list[Sequence]) -> list[Work]:
         works: list[Work] = []
-        for age, demand in enumerate(demands):
+        for demand in rows:
             if demand.is_row:  # asked anew for each: an older row may have preempted it
                 if not self._has_room(demand):
-                    self._preempt_for(demand, [newer.sequence for newer in demands[age + 1 :]])
+                    self._preempt_for(demand, sequences[sequences.index(demand.sequence) + 1 :])
                 if self._has_room(demand):
                     works.append(self._chunk(demand, demand.sequence.num_uncached_tokens))
         return works

@@ -45,9 +45,14 @@ class _Slot:
     fault: OutriderError | None = None
 
     @property
+    def has_work(self) -> bool:
+        """Whether there is something to compute. Asked of all sequences in every step, most of which may be idle."""
+        return self.pending is not None or (self.sequence.num_uncached_tokens > 1 and self.fault is None)
+
+    @property
     def demand(self) -> Demand:
         if self.pending is None:
-            return Demand(self.sequence, deferred=self.fault is not None)
+            return Demand(self.sequence)
         item = self.pending.item
         proposal = item.proposal if isinstance(item, Verify) and item.proposal.token_ids else None
         return Demand(self.sequence, awaited=True, wants_row=True, proposal=proposal)
@@ -133,7 +138,7 @@ class TargetCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work(slot.demand for slot in self._table.slots)
+        return self._scheduler.has_work(slot.demand for slot in self._table.slots if slot.has_work)
 
     @property
     def hold_s(self) -> float:
@@ -165,7 +170,8 @@ class TargetCore:
         """Computes one step: rows of all sequences that somebody waits for, and prefill chunks."""
         slots, started_ns = self._table.slots, self._clock()
         num_expected_rows = self._num_expected_rows(started_ns)
-        works = self._scheduler.plan([slot.demand for slot in slots], num_expected_rows)
+        demands = [slot.demand for slot in slots if slot.has_work]
+        works = self._scheduler.plan(demands, num_expected_rows, [slot.sequence for slot in slots])
         if not works:
             return []
         self._hold.stepped()
@@ -215,8 +221,7 @@ class TargetCore:
         """What the next step would hold. Asked again whenever somebody comes back, so it is quick about who is away."""
         ready, num_prefill_tokens = Ready(), 0
         for slot in self._table.slots:
-            if slot.pending is None:
-                num_prefill_tokens += max(0, slot.sequence.num_uncached_tokens - 1) if slot.fault is None else 0
+            if not slot.has_work:
                 continue
             demand = slot.demand
             if not demand.is_row:

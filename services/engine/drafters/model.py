@@ -68,18 +68,19 @@ class ModelDrafter:
         return draft.sequence.num_uncached_tokens <= 1
 
     def has_work(self, drafts: list[Draft]) -> bool:
-        return self._scheduler.has_work(_demand(draft) for draft in drafts)
+        return self._scheduler.has_work(_demand(draft) for draft in drafts if _has_work(draft))
 
     def step(self, drafts: list[Draft]) -> list[Draft]:
         """One forward: a token for each draft that lacks one, and chunks of prefixes not processed yet."""
-        num_expected_rows = sum(not d.awaited and (d.deferred or self.is_ready(d)) for d in drafts)
-        works = self._scheduler.plan([_demand(draft) for draft in drafts], num_expected_rows)
+        busy = [draft for draft in drafts if _has_work(draft)]
+        num_expected_rows, sequences = len(drafts) - len(busy), [draft.sequence for draft in drafts]
+        works = self._scheduler.plan([_demand(draft) for draft in busy], num_expected_rows, sequences)
         if not works:
             return []
         started_ns = self._clock()
         tokens = self._model.step(works)
         self._scheduler.observe(works, self._clock() - started_ns)
-        draft_of = {id(draft.sequence): draft for draft in drafts}
+        draft_of = {id(draft.sequence): draft for draft in busy}
         taking_part: list[Draft] = []
         for work, sampled in zip(works, tokens, strict=True):
             draft = draft_of[id(work.sequence)]
@@ -91,6 +92,11 @@ class ModelDrafter:
                 draft.end()
             taking_part.append(draft)
         return taking_part
+
+
+def _has_work(draft: Draft) -> bool:
+    """Whether there is something to compute. Asked of all drafts in every step, most of which may be idle."""
+    return draft.num_missing_tokens > 0 or (draft.sequence.num_uncached_tokens > 1 and not draft.deferred)
 
 
 def _demand(draft: Draft) -> Demand:

@@ -18,6 +18,7 @@ from services.engine.drafters.ngram import NgramDrafter
 from services.engine.drafters.simulated import simulated_drafter
 from services.engine.step import Sampled, Work
 from tests.unit.draft.hash_models import HashDraft, drafted_continuation
+from tests.unit.idle_sequences import note_planned
 from tests.unit.item_builders import ManualClock, close, identity, open_item, propose, simulated_continuation
 
 PREFIX = (1, 2, 3)
@@ -484,3 +485,11 @@ def test_proposals_continue_the_commits_whatever_happens(
     assert asked == {}
     bench.core.disconnect(1)
     assert bench.blocks.num_used_blocks == 0
+
+
+def test_idle_sequences_are_not_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.run(*[open_item(session) for session in "abcd"])
+    planned = note_planned(monkeypatch)
+    bench.run(propose("b", 3, (), 4))
+    assert planned == [(1, 4)] * 4

@@ -82,7 +82,7 @@ def test_full_pool_preempts_the_newest_for_an_older_row() -> None:
 def test_row_waits_rather_than_preempt_older_sequences_while_others_run() -> None:
     blocks = BlockManager(5, 4)
     running, idle, newest = (sequence_of(blocks, n, num_cached=n - 1) for n in (6, 6, 5))
-    works = Scheduler(blocks).plan([decoding(running), Demand(idle), decoding(newest)])
+    works = Scheduler(blocks).plan([decoding(running), decoding(newest)], sequences=[running, idle, newest])
     assert [work.sequence for work in works] == [running]
     assert idle.num_cached == 5
 
@@ -90,9 +90,18 @@ def test_row_waits_rather_than_preempt_older_sequences_while_others_run() -> Non
 def test_only_waiting_sequence_preempts_an_older_idle_one() -> None:
     blocks = BlockManager(4, 4)
     idle, newest = sequence_of(blocks, 13, num_cached=12), sequence_of(blocks, 8)
-    works = Scheduler(blocks).plan([Demand(idle), decoding(newest)])
+    works = Scheduler(blocks).plan([decoding(newest)], sequences=[idle, newest])
     assert shape(works) == [(8, 1)]
     assert idle.block_table == []
+
+
+def test_row_preempts_the_newest_of_all_that_are_open_behind_it() -> None:
+    blocks = BlockManager(7, 4)
+    older, running, idle, newest = (sequence_of(blocks, n, num_cached=n - 1) for n in (5, 9, 9, 9))
+    works = Scheduler(blocks).plan([decoding(running)], sequences=[older, running, idle, newest])
+    assert [work.sequence for work in works] == [running]
+    assert [sequence.num_cached for sequence in (older, idle, newest)] == [4, 8, 0]
+    blocks.check_integrity([older, running, idle, newest])
 
 
 def test_prefill_holds_all_its_blocks_from_the_first_chunk_on() -> None:

@@ -18,6 +18,7 @@ from services.engine.sequence_table import FENCE_TTL_NS
 from services.engine.simulated import SimulatedTarget
 from services.engine.step import Verdict, Work
 from services.target.core import TargetCore
+from tests.unit.idle_sequences import note_planned
 from tests.unit.item_builders import (
     ManualClock,
     close,
@@ -608,3 +609,11 @@ def test_tokens_are_the_continuation_whatever_happens(
     core.disconnect(0)
     core.disconnect(1)
     assert core.load.num_used_blocks == 0
+
+
+def test_idle_sequences_are_not_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = new_core()
+    run(core, *[open_item(session) for session in "abcd"])
+    planned = note_planned(monkeypatch)
+    run(core, decode("b", 3, 5))
+    assert planned == [(1, 4)] * 5
