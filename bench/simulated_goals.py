@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench.goals import Goal, goal_table, missed
+from bench.goals import Goal, goal_table, missed, ratio
 from services.cli.terminal import notices, results
 
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -31,7 +31,7 @@ def goals_of(simulated: Document, overhead: Document, plain: Document) -> tuple[
         Goal("overhead of a round at 1 session, p50 in ms", alone["coordinator_overhead_ms"]["p50"], 1.5),
         Goal(
             "share of the rounds that had a draft",
-            min(round(entry["num_drafts"] / entry["num_rounds"], 3) for entry in overhead["sessions"]),
+            min(ratio(entry["num_drafts"], entry["num_rounds"]) or 0 for entry in overhead["sessions"]),
             least=0.5,
         ),
         Goal("failed requests", simulated["failed_requests"] + overhead["failed_requests"], 0),

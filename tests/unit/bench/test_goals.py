@@ -16,8 +16,8 @@ from bench.simulated_goals import main
 SIMULATED: dict[str, Any] = {"formula": {"relative_error": -0.03}, "failed_requests": 0}
 OVERHEAD: dict[str, Any] = {
     "sessions": [
-        {"num_sessions": 1, "coordinator_overhead_ms": {"p50": 1.5}},
-        {"num_sessions": 64, "coordinator_overhead_ms": {"p50": 20.0}},
+        {"num_sessions": 1, "num_rounds": 40, "num_drafts": 20, "coordinator_overhead_ms": {"p50": 1.5}},
+        {"num_sessions": 64, "num_rounds": 50, "num_drafts": 40, "coordinator_overhead_ms": {"p50": 20.0}},
     ],
     "cpu_ratio": 0.6,
     "failed_requests": 0,
@@ -48,6 +48,7 @@ def test_figures_at_their_goals_pass(tmp_path: Path) -> None:
         ((1, "cpu_ratio"), 0.61, "CPU time"),
         ((1, "sessions", 0, "coordinator_overhead_ms", "p50"), 1.51, "overhead"),
         ((1, "sessions", 0, "coordinator_overhead_ms", "p50"), None, "overhead"),
+        ((1, "sessions", 1, "num_drafts"), 24, "draft"),
         ((1, "failed_requests"), 1, "failed"),
         ((2, "ratio"), 0.949, "plain"),
     ],
