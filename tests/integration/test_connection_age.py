@@ -59,7 +59,8 @@ async def test_calls_outlive_the_age_and_later_ones_come_on_another_connection(p
             try:
                 await exchange(stream)
             except grpc.aio.AioRpcError as error:  # begun as the connection was given up: not taken, to be made again
-                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
                 return False
             await stream.done_writing()
             return peers.seen[-1] != peers.seen[0]
