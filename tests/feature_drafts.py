@@ -13,7 +13,7 @@ import torch
 from services.engine.digest import directory_vocab_digest
 from services.engine.models import load_config
 from services.engine.trained_draft import Manifest, read_ends
-from services.engine.training.feature_student import FeatureStudent, load_target
+from services.engine.training.feature_student import FeatureStudent, LoadedTarget
 from services.engine.training.student import start_from, student_config
 
 
@@ -22,7 +22,7 @@ def feature_student(target: Path, *, strength: float, seed: int = 3) -> FeatureS
     config, ends = load_config(target), read_ends(target)
     layers = tuple(range(config.get_text_config().num_hidden_layers))
     head_ids = torch.arange(len(ends.embedding))
-    student = FeatureStudent(student_config(config, layers, 0), ends, head_ids, load_target(target, torch.float32))
+    student = FeatureStudent(student_config(config, layers, 0), ends, head_ids, LoadedTarget(target, torch.float32))
     start_from(student, target, layers, 0)
     with torch.no_grad():
         student.feature_projection.normal_(0.0, strength, generator=torch.Generator().manual_seed(seed))

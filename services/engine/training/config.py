@@ -45,6 +45,11 @@ class TrainingConfig:
     num_sequences: int = setting(0, "Conversations written at once; 0: 96 on CPU, 512 on CUDA.")
     max_conversation_len: int = setting(1024, "Most tokens of a conversation.")
     shard_tokens: int = setting(16_384, "Tokens of a file of self-play.")
+    keep_features: bool = setting(
+        True,
+        "Kinds features and mtp: keep the target's hidden states with the self-play, 2 bytes times its width a token; "
+        "else training computes them anew in every step.",
+    )
     start: str = setting(
         "",
         "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's; its output "

@@ -46,13 +46,16 @@ class Batch:
     """Without padding."""
     answered: torch.Tensor
     """bool [B, T]: which tokens are of answers."""
+    features: torch.Tensor | None = None
+    """float16 [B, T, H]: before each token that was drawn the target's final hidden state, elsewhere zeros."""
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
         return replace(self, **moved)
 
 
-_TENSORS = ("tokens", "sequences", "positions", "row_ids", "row_log_probs", "tails", "answered")
+_TENSORS = ("tokens", "sequences", "positions", "row_ids", "row_log_probs", "tails", "answered", "features")
 
 
 class Corpus:
@@ -131,7 +134,19 @@ def collate(transcripts: Sequence[Transcript]) -> Batch:
         torch.from_numpy(tails.astype(np.float32)),
         sum(len(t.tokens) for t in transcripts),
         torch.from_numpy(answered),
+        _features(transcripts, longest),
     )
+
+
+def _features(transcripts: Sequence[Transcript], longest: int) -> torch.Tensor | None:
+    """Of Batch; None where a conversation was kept without."""
+    kept = [t.features for t in transcripts if t.features is not None]
+    if len(kept) < len(transcripts):
+        return None
+    features = torch.zeros(len(transcripts), longest, kept[0].shape[1], dtype=torch.float16)
+    for line, transcript, rows in zip(features, transcripts, kept, strict=True):
+        line[torch.from_numpy(np.flatnonzero(has_row(transcript.origins)))] = torch.from_numpy(rows)
+    return features
 
 
 def origins_of(transcripts: Sequence[Transcript]) -> npt.NDArray[np.uint8]:

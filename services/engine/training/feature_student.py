@@ -1,8 +1,7 @@
 """A head on the target's features in training: several passes over a batch, each on the features of the one before.
 
-Owns: which features a token has, and the passes. Must not know: losses, schedules. The target's features are computed
-anew in every step: that costs about as much as the passes themselves, and storing them would take 2 bytes times the
-target's width a token, four times the rest of a shard for 576 and thirty times for 4,096.
+Owns: which features a token has, and the passes. Must not know: losses, schedules. Where the self-play was kept without
+the target's features, they are computed anew in every step, which costs about as much as the passes themselves.
 
 In service the target tells the features of what it generates, so here those of answers are known; and for some
 conversations only those from some point on, as for a sequence that was opened there.
@@ -31,11 +30,10 @@ CUT_SHARE = 0.25
 class FeatureStudent(Student):
     """As Student; `passes` gives one hidden state a token for each drafted token in a row."""
 
-    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, target: Any) -> None:
-        """`target`: the target without its head, in evaluation mode; it stays as it is."""
+    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, target: LoadedTarget) -> None:
         paged_attention.register()
         super().__init__(config, ends, head_ids, FEATURES, paged_attention.IMPLEMENTATION)
-        self.target = target.requires_grad_(False)
+        self.target = target
 
     def add_inputs(self) -> None:
         """At the start features count for nothing, so that the head begins as a draft without them."""
@@ -67,20 +65,34 @@ class FeatureStudent(Student):
         return found
 
 
-def known_features(target: Any, batch: Batch, cut: bool) -> Tensor:
+def known_features(target: LoadedTarget, batch: Batch, cut: bool) -> Tensor:
     """Before each token the target's hidden state, [B, T, hidden]; zeros where service would not tell it."""
-    with torch.no_grad():
-        hidden = target(input_ids=batch.tokens, use_cache=False).last_hidden_state
     known = batch.answered & _behind_cuts(batch.tokens) if cut else batch.answered
-    return _behind(hidden) * known[..., None]
+    features = _behind(target.hidden_states(batch.tokens)) if batch.features is None else batch.features
+    return features * known[..., None]
 
 
-def load_target(directory: Path, dtype: torch.dtype) -> Any:
-    """The target in `directory` without its head."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
-    )
-    return model.base_model.eval()
+class LoadedTarget:
+    """The target in `directory` without its head, loaded when it is first asked."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self._directory, self._dtype = directory, dtype
+        self._model: Any = None
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Its final hidden states [B, T, hidden] of tokens [B, T], on their device."""
+        if self._model is None:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self._directory,
+                dtype=self._dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+            self._model = model.base_model.to(tokens.device).eval().requires_grad_(False)
+        hidden: Tensor = self._model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden
 
 
 def _behind(hidden: Tensor) -> Tensor:

@@ -13,18 +13,17 @@ from torch import Tensor
 from services.engine.mtp_heads import foresee
 from services.engine.trained_draft import MTP, Ends
 from services.engine.training.corpus import Batch
-from services.engine.training.feature_student import known_features
+from services.engine.training.feature_student import LoadedTarget, known_features
 from services.engine.training.student import Student
 
 
 class MtpStudent(Student):
     """As Student, without layers; `passes` gives one hidden state a token for each head."""
 
-    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, target: Any, num_heads: int) -> None:
-        """`target`: the target without its head, in evaluation mode; it stays as it is."""
+    def __init__(self, config: Any, ends: Ends, head_ids: Tensor, target: LoadedTarget, num_heads: int) -> None:
         self._num_heads = num_heads
         super().__init__(config, ends, head_ids, MTP)
-        self.target = target.requires_grad_(False)
+        self.target = target
 
     def add_inputs(self) -> None:
         """At the start each head gives back the state that it sees."""

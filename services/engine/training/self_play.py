@@ -6,7 +6,7 @@ given the opening of a user's turn writes an instruction.
 
 A token is drawn by inversion of one counter-based variate, (seed, conversation, index), from the whole distribution at
 temperature 1, from its ROW_LEN most likely tokens below, and is the most likely one at 0. Kept are the
-log-probabilities at temperature 1.
+log-probabilities at temperature 1 and, if asked for, the final hidden states that they come from.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.common.errors import ConfigError
 from services.common.items import Identity, Open
 from services.common.values import SamplingParams, VerificationMethod
 from services.engine import noise
@@ -44,6 +45,7 @@ class _Player:
     conversation: Conversation
     sequence: Sequence
     rows: list[Rows] = field(default_factory=list)
+    features: list[npt.NDArray[np.float16]] = field(default_factory=list)
 
     def transcript(self) -> Transcript:
         """What was written so far."""
@@ -51,7 +53,8 @@ class _Player:
         empty = Rows(np.zeros((0, ROW_LEN), np.int64), np.zeros((0, ROW_LEN), np.float16), np.zeros(0, np.float32))
         stacked = Rows(*(np.stack(part) for part in zip(*self.rows, strict=True))) if num_drawn else empty
         origins = np.array(self.conversation.origins, dtype=np.uint8)
-        return Transcript(np.array(self.conversation.tokens, dtype=np.int32), origins, stacked)
+        features = np.stack(self.features) if self.features else None
+        return Transcript(np.array(self.conversation.tokens, dtype=np.int32), origins, stacked, features)
 
 
 class SelfPlay:
@@ -69,11 +72,13 @@ class SelfPlay:
         num_sequences: int,
         step_sequences: int,
         first_number: int = 0,
+        keep_features: bool = False,
     ) -> None:
         """`start` makes a conversation by its number. The pool must hold `num_sequences` of the longest."""
         self._runner, self._blocks, self._start = runner, blocks, start
         self._num_sequences, self._step_sequences = num_sequences, step_sequences
         self.next_number = first_number
+        self._keep_features = keep_features
         self._players: list[_Player] = []
 
     def step(self) -> list[Transcript]:
@@ -89,10 +94,22 @@ class SelfPlay:
         works = [self._work(player) for player in players]
         logits = self._runner.forward(works)
         drawn = draw(logits, [player.conversation for player in players])
+        features = self._features(len(players)) if self._keep_features else None
         for i, (player, work) in enumerate(zip(players, works, strict=True)):
             player.sequence.num_cached += work.num_new_tokens
             player.rows.append(Rows(*(part[i] for part in drawn.rows)))
             player.conversation.add(int(drawn.token_ids[i]))
+            if features is not None:
+                player.features.append(features[i])
+
+    def _features(self, num_rows: int) -> npt.NDArray[np.float16]:
+        """Of the last forward, one a row. Raises ConfigError for a model whose head cannot be listened to."""
+        tap = self._runner.model.tap
+        if tap is None:
+            raise ConfigError("keep_features: the target does not give its final hidden states; leave it out")
+        largest = torch.finfo(torch.float16).max
+        features: npt.NDArray[np.float16] = tap.rows(num_rows).clamp(-largest, largest).half().cpu().numpy()
+        return features
 
     def stop(self) -> Iterator[Transcript]:
         """Ends all conversations where they are; those that have said something are returned."""

@@ -6,6 +6,7 @@ are made or used. For M drawn among N tokens of C conversations a shard holds
     tokens      int32 [N]            origins      uint8 [N] (conversation.Origin; 0: given, without a row)
     starts      int64 [C + 1]        row_ids      uint16 or int32 [M, L], most likely first
     row_starts  int64 [C + 1]        row_log_probs float16 [M, L]          tails float32 [M], mass beyond the L
+    features    float16 [M, H], the target's final hidden states that the rows come from, where they are kept
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Transcript:
     tokens: npt.NDArray[np.int32]
     origins: npt.NDArray[np.uint8]
     rows: Rows
+    features: npt.NDArray[np.float16] | None = None
+    """The target's final hidden states [rows, H] that the rows come from; None: not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class ShardStore:
         return [read_info(path) for path in sorted(self._directory.glob("shard-*.safetensors"))]
 
     def write(self, transcripts: list[Transcript], next_number: int) -> ShardInfo:
-        """Appends a shard; after a crash it is there whole or not at all."""
+        """Appends a shard; after a crash it is there whole or not at all. Either all have features or none is kept."""
         lens = [len(t.tokens) for t in transcripts]
         row_lens = [len(t.rows.tails) for t in transcripts]
         arrays = {
@@ -87,6 +90,9 @@ class ShardStore:
             "row_log_probs": np.concatenate([t.rows.log_probs for t in transcripts]),
             "tails": np.concatenate([t.rows.tails for t in transcripts]),
         }
+        features = [t.features for t in transcripts if t.features is not None]
+        if len(features) == len(transcripts):
+            arrays["features"] = np.concatenate(features)
         counts = {"num_tokens": sum(lens), "num_rows": sum(row_lens), "num_conversations": len(lens)}
         header = {"version": _VERSION, "source": self._source, "next_number": str(next_number)}
         existing = sorted(self._directory.glob("shard-*.safetensors"))
@@ -122,6 +128,7 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, "numpy")
+        self._has_features = "features" in self._file.keys()  # noqa: SIM118 - the file is no dict
         self._starts = self._whole("starts")
         self._row_starts = self._whole("row_starts")
 
@@ -139,6 +146,7 @@ class ShardReader:
             self._part("tokens", tokens),
             self._part("origins", tokens),
             Rows(self._part("row_ids", rows), self._part("row_log_probs", rows), self._part("tails", rows)),
+            self._part("features", rows) if self._has_features else None,
         )
 
     def row_ids(self) -> npt.NDArray[np.integer]:

@@ -30,7 +30,7 @@ from services.engine.training.config import TrainingConfig
 from services.engine.training.corpus import Corpus, head_tokens
 from services.engine.training.costs import Costs, measure_costs
 from services.engine.training.display import progress as show_progress
-from services.engine.training.feature_student import FeatureStudent, load_target
+from services.engine.training.feature_student import FeatureStudent, LoadedTarget
 from services.engine.training.mtp_student import MtpStudent
 from services.engine.training.shards import ShardStore
 from services.engine.training.stop import Stop
@@ -115,7 +115,7 @@ class Teaching:
         kind = self._config.kind
         if kind not in (FEATURES, MTP):
             return Student(config, ends, head_ids, kind)
-        target = load_target(self._target, torch_dtype(dtype_of(self._config)))
+        target = LoadedTarget(self._target, torch_dtype(dtype_of(self._config)))
         if kind == MTP:
             return MtpStudent(config, ends, head_ids, target, self._config.heads)
         return FeatureStudent(config, ends, head_ids, target)

@@ -20,6 +20,7 @@ from services.engine.models import load_config, torch_device
 from services.engine.packed_linear import PackedLinear, packed_layer
 from services.engine.paged_model import EngineOptions, PagedEngine, load_engine
 from services.engine.progress import Reporter
+from services.engine.trained_draft import FEATURES, MTP
 from services.engine.training.chat_frame import ChatFrame, chat_frame, load_tokenizer
 from services.engine.training.config import TrainingConfig
 from services.engine.training.conversation import Conversation, Lengths, Library
@@ -95,6 +96,7 @@ def write_self_play(
         num_sequences=sequences_of(config),
         step_sequences=STEP_SEQUENCES if config.device == "cpu" else sequences_of(config),
         first_number=max((info.next_number for info in infos), default=0),
+        keep_features=config.keep_features and config.kind in (FEATURES, MTP),
     )
     waiting: list[Transcript] = []
     with progress("Self-play", config.self_play_tokens, num_tokens) as show:

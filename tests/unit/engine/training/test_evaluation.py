@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from services.engine.sequence import Sequence
 from services.engine.training.conversation import Origin
 from services.engine.training.corpus import Corpus
 from services.engine.training.evaluation import walk
-from services.engine.training.feature_student import load_target
+from services.engine.training.feature_student import LoadedTarget
 from tests.tiny_models import save_model
 from tests.unit.engine.training.builders import QUIET, settings, train
 
@@ -49,9 +48,8 @@ def test_a_token_may_be_foreseen_at_one_place_of_a_draft_and_not_at_another() ->
     assert accepted.tolist() == [2, 1, 1]
 
 
-def _features_before(target: Any, tokens: list[int]) -> npt.NDArray[np.float16]:
-    with torch.no_grad():
-        hidden = target(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+def _features_before(target: LoadedTarget, tokens: list[int]) -> npt.NDArray[np.float16]:
+    hidden = target.hidden_states(torch.tensor([tokens]))[0]
     return np.concatenate([np.zeros((1, hidden.shape[1]), np.float16), hidden[:-1].half().numpy()])
 
 
@@ -85,7 +83,7 @@ def test_the_reported_acceptance_length_is_that_of_serving(kind: str, tmp_path: 
     held_out = json.loads((out / "report.json").read_text())["held_out"]
     corpus = Corpus(sorted((out / "self-play").glob("*.safetensors")))
     engine = load_engine(EngineOptions(str(out), tmp_path, num_blocks=64), QUIET)
-    blocks, whole = BlockManager(64, 16), load_target(target, torch.float32)
+    blocks, whole = BlockManager(64, 16), LoadedTarget(target, torch.float32)
     if kind == "features":
         drafter: ModelDrafter = FeatureDrafter(FeatureDraftModel(engine, Sampler()), blocks)
     else:

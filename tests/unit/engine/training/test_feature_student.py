@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 from services.common.errors import ConfigError
-from services.engine.training.corpus import Batch
-from services.engine.training.feature_student import load_target
+from services.engine.training.corpus import Batch, Corpus, collate
+from services.engine.training.feature_student import LoadedTarget, known_features
 from services.engine.training.student import read_draft
 from tests.feature_drafts import export, feature_student
 from tests.tiny_models import save_model
@@ -50,7 +50,7 @@ def test_the_passes_are_what_the_engine_drafts(family: str, tmp_path: Path) -> N
     student = feature_student(directory, strength=0.3)
     export(student, directory, tmp_path / "draft")
     tokens = torch.randint(1, 300, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    hidden = student.target(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    hidden = student.target.hidden_states(torch.tensor([tokens]))[0]
     told = hidden[len(tokens) - NUM_TOLD - 1 : -1].half().numpy().tobytes()
 
     core = feature_core(tmp_path / "draft")
@@ -99,8 +99,33 @@ def test_features_are_the_targets_last_hidden_states(target: Path) -> None:
     whole = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
-        features = load_target(target, torch.float32)(input_ids=tokens).last_hidden_state
+        features = LoadedTarget(target, torch.float32).hidden_states(tokens)
         torch.testing.assert_close(whole.get_output_embeddings()(features), whole(input_ids=tokens).logits)
+
+
+def test_the_features_that_are_kept_are_those_computed_anew(trained: Path, target: Path) -> None:
+    corpus = Corpus(sorted((trained / "self-play").glob("*.safetensors")))
+    batch = collate([corpus.transcript(int(number)) for number in corpus.training[:8]])
+    assert batch.features is not None
+    assert batch.answered.sum() > 50
+    whole = LoadedTarget(target, torch.float32)
+    kept, anew = (known_features(whole, each, cut=True) for each in (batch, replace(batch, features=None)))
+    torch.testing.assert_close(kept.float(), anew, rtol=1e-2, atol=2e-3)
+    assert (anew != 0).any(-1).sum() > 50
+
+
+def test_self_play_without_features_serves_as_well(target: Path, trained: Path, tmp_path: Path) -> None:
+    shared = {"kind": "features", "self_play_tokens": 3_000, "train_tokens": 4_000, "head_tokens": 300}
+    assert train(settings(target, tmp_path / "anew", keep_features=False, **shared))
+    assert train(settings(target, tmp_path / "kept", **shared))
+    corpora = [Corpus(sorted((tmp_path / name / "self-play").glob("*.safetensors"))) for name in ("anew", "kept")]
+    features = [corpus.transcript(0).features for corpus in corpora]
+    assert features[0] is None
+    assert features[1] is not None
+    losses = [
+        json.loads((tmp_path / name / "report.json").read_text())["held_out"]["loss"] for name in ("anew", "kept")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_head_is_as_wide_as_its_target(target: Path, tmp_path: Path) -> None:

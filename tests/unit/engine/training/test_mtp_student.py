@@ -21,7 +21,7 @@ from services.engine.progress import Reporter
 from services.engine.sampler import Sampler
 from services.engine.trained_draft import Manifest, read_ends
 from services.engine.training.corpus import Batch
-from services.engine.training.feature_student import load_target
+from services.engine.training.feature_student import LoadedTarget
 from services.engine.training.mtp_student import MtpStudent
 from services.engine.training.student import student_config
 from tests.tiny_models import save_model
@@ -58,7 +58,7 @@ def test_the_passes_are_what_the_heads_draft(family: str, tmp_path: Path) -> Non
     ends = read_ends(directory)
     head_ids = torch.arange(len(ends.embedding))
     config = student_config(load_config(directory), (0,), 0)
-    student = MtpStudent(config, ends, head_ids, load_target(directory, torch.float32), NUM_HEADS)
+    student = MtpStudent(config, ends, head_ids, LoadedTarget(directory, torch.float32), NUM_HEADS)
     student.mtp_up.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(3))
     vocab_digest = directory_vocab_digest(directory)
     student.export(
@@ -67,7 +67,7 @@ def test_the_passes_are_what_the_heads_draft(family: str, tmp_path: Path) -> Non
         torch.float32,
     )
     tokens = torch.randint(1, 300, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    hidden = student.target(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    hidden = student.target.hidden_states(torch.tensor([tokens]))[0]
 
     opening = open_item(prefix=tuple(tokens[:-2]), eos_token_ids=frozenset())
     told = hidden[len(tokens) - 3 : -1].half().numpy().tobytes()
