@@ -128,7 +128,7 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, "numpy")
-        self._has_features = "features" in self._file.keys()  # noqa: SIM118 - the file is no dict
+        self._has_features = "features" in set(self._file.keys())  # type: ignore[no-untyped-call]
         self._starts = self._whole("starts")
         self._row_starts = self._whole("row_starts")
 
