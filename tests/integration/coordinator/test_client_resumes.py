@@ -88,7 +88,11 @@ async def test_no_token_is_lost_or_doubled_whatever_is_cut(
         OutriderClient(*[proxy.address for proxy in proxies], retry=IMPATIENT) as client,
     ):
         generation = client.generate("hi", options, session_id=session_at(0))
-        reading = asyncio.create_task(Seen().read(generation, choose.choice([0.0, 0.003])))
+        seen = Seen()
+        reading = asyncio.create_task(seen.read(generation, choose.choice([0.0, 0.003])))
+        await wait_until(lambda: bool(seen.token_ids), timeout_s=10.0)
+        for proxy in proxies:
+            proxy.reset()
         while not reading.done():
             await asyncio.wait([reading], timeout=choose.uniform(0.02, 0.2))
             proxy = choose.choice(proxies)
@@ -97,7 +101,7 @@ async def test_no_token_is_lost_or_doubled_whatever_is_cut(
                     fault()
             choose.choice(proxies).mend()
             proxies[choose.randrange(2)].mend()
-        seen = await reading
+        await reading
         assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
         assert generation.result.num_resumptions > 0
     async with OutriderClient(f"127.0.0.1:{cluster.coordinator.port}") as client:
