@@ -14,6 +14,7 @@ from services.common.worker_config import DTYPES
 STAGES = ("all", "self-play", "train", "evaluate")
 KINDS = ("model", "early_exit", "features", "mtp")
 LOSSES = ("kl", "tv")
+DEFAULT_HEAD_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,15 @@ class TrainingConfig:
     )
     start: str = setting(
         "",
-        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's; its output "
-        "vocabulary stays.",
+        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's.",
     )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")
-    head_tokens: int = setting(8192, "Output vocabulary: the most frequent tokens of the self-play.")
+    head_tokens: int = setting(
+        0,
+        f"Output vocabulary: so many of the self-play's most frequent tokens; 0: {DEFAULT_HEAD_TOKENS}, or those of "
+        "the draft to start from.",
+    )
     loss: str = setting(
         "kl", "kl: forward KL on the target's top 64 and the rest; tv: total variation.", choices=LOSSES
     )
@@ -82,7 +86,7 @@ class TrainingConfig:
             "max_conversation_len": (64, 1 << 20),
             "shard_tokens": (1, 1 << 24),
             "width": (0, 1 << 16),
-            "head_tokens": (16, 1 << 20),
+            "head_tokens": (0, 1 << 20),
             "unroll": (1, 16),
             "heads": (1, 16),
             "train_tokens": (1, 1 << 40),
@@ -94,6 +98,8 @@ class TrainingConfig:
         for name, (low, high) in limits.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise ConfigError(f"{name}: {value} is not between {low} and {high}")
+        if 0 < self.head_tokens < 16:
+            raise ConfigError(f"head_tokens: {self.head_tokens} is not between 16 and {1 << 20}, nor 0")
         if self.kind == "early_exit" and self.width:
             raise ConfigError("width: an early exit is as wide as its target; leave it out")
         if self.kind == "features" and self.width:

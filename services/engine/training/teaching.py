@@ -26,7 +26,7 @@ from services.engine.sampler import Sampler
 from services.engine.trained_draft import EARLY_EXIT, FEATURES, MTP, Ends, Manifest, read_ends
 from services.engine.training import checkpoint, report
 from services.engine.training.checkpoint import Progress
-from services.engine.training.config import TrainingConfig
+from services.engine.training.config import DEFAULT_HEAD_TOKENS, TrainingConfig
 from services.engine.training.corpus import Corpus, head_tokens
 from services.engine.training.costs import Costs, measure_costs
 from services.engine.training.display import progress as show_progress
@@ -87,7 +87,8 @@ class Teaching:
             self._check_settings(done)
         else:
             done = Progress({name: getattr(self._config, name) for name in _SETTINGS})
-            head_ids = start["head_ids"].long() if start else self._head_ids(corpus, vocab_size, always)
+            keeps = bool(start) and not self._config.head_tokens
+            head_ids = start["head_ids"].long() if keeps else self._head_ids(corpus, vocab_size, always)
         layers, width = self._config.layer_indices, self._config.width
         torch.manual_seed(self._config.seed)
         student = self._student(student_config(load_config(self._target), layers, width), ends, head_ids)
@@ -102,7 +103,7 @@ class Teaching:
         return Lesson(trainer, path, corpus)
 
     def _head_ids(self, corpus: Corpus, vocab_size: int, always: frozenset[int]) -> torch.Tensor:
-        num = min(self._config.head_tokens, vocab_size)
+        num = min(self._config.head_tokens or DEFAULT_HEAD_TOKENS, vocab_size)
         return torch.from_numpy(head_tokens(corpus.token_mass(vocab_size), num, always))
 
     def _start(self, ends: Ends) -> dict[str, torch.Tensor]:
