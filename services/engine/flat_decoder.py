@@ -38,18 +38,25 @@ class FlatDecoder:
     """What a decoder computes, to be set as its `forward`. Its parts are not replaced afterwards."""
 
     def __init__(self, decoder: Any) -> None:
-        self._embed, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-        self._layers = [tuple(getattr(layer, name) for name in _LAYER) for layer in decoder.layers]
+        self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
+        layers = list(decoder.layers)
+        self._first_norm: FusedNorm = layers[0].input_layernorm
+        next_norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
+        self._layers: list[tuple[FusedAttention, FusedNorm, FusedMlp, FusedNorm]] = [
+            (layer.self_attn, layer.post_attention_layernorm, layer.mlp, next_norm)
+            for layer, next_norm in zip(layers, next_norms, strict=True)
+        ]
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, paged_step: AttentionStep, **others: object
     ) -> BaseModelOutputWithPast:
         hidden = self._embed(input_ids)
         rotation = paged_step.rotation(self._rotary(hidden, position_ids))
-        for input_norm, attention, attention_norm, mlp in self._layers:
-            hidden = attention.attend(input_norm(hidden), rotation, paged_step).add_(hidden)
-            hidden = mlp(attention_norm(hidden)).add_(hidden)
-        return BaseModelOutputWithPast(last_hidden_state=self._norm(hidden))
+        normed = self._first_norm(hidden)
+        for attention, attention_norm, mlp, next_norm in self._layers:
+            normed = attention_norm.of_sum(hidden, attention.attend(normed, rotation, paged_step))
+            normed = next_norm.of_sum(hidden, mlp(normed))
+        return BaseModelOutputWithPast(last_hidden_state=normed)
 
 
 @torch.inference_mode()

@@ -13,19 +13,30 @@ Weights are merged one part after another: at no time does more than one part ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from services.engine.cpu.loading import load_kernels
 from services.engine.models import CausalModel
 from services.engine.paged_attention import AttentionStep, LayerCall, ProbeStep, Rotation
+
+if TYPE_CHECKING:
+    from services.engine.cpu.kernels import Kernels
 
 NUM_PROBE_ROWS = 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of a replaced part's output, relative to the largest of the original's."""
 
 SEED = 7
+MAX_KERNEL_VALUES = 1 << 16
+"""Of a kernel's input: it has one thread, torch's operations have them all."""
+
+
+def _suits_kernels(x: torch.Tensor) -> bool:
+    return x.numel() <= MAX_KERNEL_VALUES and x.is_contiguous()
 
 
 class FusedNorm(torch.nn.Module):
@@ -36,11 +47,34 @@ class FusedNorm(torch.nn.Module):
         num = weight.shape[0]
         self.register_buffer("weight", weight.detach().float() * num**0.5, persistent=False)
         self.register_buffer("floor", torch.tensor([(eps * num) ** 0.5]), persistent=False)
+        self._square_floor = eps * num
 
     weight: torch.Tensor
     floor: torch.Tensor
+    kernels: Kernels | None = None
+
+    def of_sum(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The norm of hidden + delta, which `hidden` becomes."""
+        if self.kernels is not None and _suits_kernels(hidden) and delta.is_contiguous():
+            return self._by_kernel(self.kernels, hidden, delta.data_ptr())
+        return self.forward(hidden.add_(delta))
+
+    def _by_kernel(self, kernels: Kernels, hidden: torch.Tensor, delta_address: int) -> torch.Tensor:
+        out, width = torch.empty_like(hidden), hidden.shape[-1]
+        kernels.add_rms_norm(
+            hidden.data_ptr(),
+            delta_address,
+            self.weight.data_ptr(),
+            out.data_ptr(),
+            hidden.numel() // width,
+            width,
+            self._square_floor,
+        )
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernels is not None and _suits_kernels(x):
+            return self._by_kernel(self.kernels, x, 0)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.div(x, torch.hypot(length, self.floor)).mul_(self.weight).to(x.dtype)
 
@@ -54,9 +88,21 @@ class FusedMlp(torch.nn.Module):
         self.down_proj = mlp.down_proj
         self.act_fn = F.silu if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") else mlp.act_fn
 
+    kernels: Kernels | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        gate_up = self.gate_up_proj(x)
+        if self.kernels is not None and self.act_fn is F.silu and _suits_kernels(gate_up):
+            return self._by_kernel(self.kernels, gate_up)
+        gate, up = gate_up.chunk(2, -1)
         down: torch.Tensor = self.down_proj(self.act_fn(gate).mul_(up))
+        return down
+
+    def _by_kernel(self, kernels: Kernels, gate_up: torch.Tensor) -> torch.Tensor:
+        width = gate_up.shape[-1] // 2
+        product = gate_up.new_empty(*gate_up.shape[:-1], width)
+        kernels.silu_and_mul(gate_up.data_ptr(), product.data_ptr(), product.numel() // width, width)
+        down: torch.Tensor = self.down_proj(product)
         return down
 
 
@@ -85,14 +131,11 @@ class FusedAttention(torch.nn.Module):
 
     def attend(self, hidden: torch.Tensor, rotation: Rotation, step: AttentionStep) -> torch.Tensor:
         """As `forward`, for a step's rotation that is at hand."""
-        num_rotated = self._num_heads + self._num_kv_heads
-        heads = self.qkv_proj(hidden).view(-1, num_rotated + self._num_kv_heads, self._dim)
-        rotated, value = heads.split_with_sizes((num_rotated, self._num_kv_heads), 1)
+        heads = self.qkv_proj(hidden).view(-1, self._num_heads + 2 * self._num_kv_heads, self._dim)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = rotated.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
-            rotated = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
-        query, key = rotation.turn(rotated).split_with_sizes((self._num_heads, self._num_kv_heads), 1)
-        attended = step.attend(self._call, query, key, value)
+            query, key, value = heads.split_with_sizes((self._num_heads, self._num_kv_heads, self._num_kv_heads), 1)
+            heads = torch.cat((self.q_norm(query), self.k_norm(key), value), 1)
+        attended = step.attend_heads(self._call, heads, self._num_heads, rotation)
         output: torch.Tensor = self.o_proj(attended.flatten(1).unsqueeze(0))
         return output
 
@@ -131,6 +174,15 @@ def fuse(model: CausalModel) -> int:
                     num_fused += 1
                     break
     return num_fused
+
+
+def use_kernels(model: CausalModel) -> CausalModel:
+    """Has compiled kernels compute short steps, where there are any for the model's type. Parts are fused before."""
+    kernels = load_kernels(model.dtype)
+    for part in model.module.modules():
+        if isinstance(part, FusedNorm | FusedMlp):
+            part.kernels = kernels
+    return replace(model, kernels=kernels)
 
 
 def _examples(model: CausalModel, parts: list[torch.nn.Module]) -> dict[torch.nn.Module, _Example]:

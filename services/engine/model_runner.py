@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from services.engine.cpu.small_step import SmallStep, is_small, takes
 from services.engine.kv_pool import KvPool
 from services.engine.models import CausalModel
 from services.engine.paged_attention import PagedStep
@@ -24,6 +25,7 @@ class ModelRunner:
     def __init__(self, model: CausalModel, num_blocks: int, block_size: int) -> None:
         self.model = model
         self.pool = KvPool(model.layer_shapes, num_blocks, block_size, model.dtype, model.device)
+        self._kernels = model.kernels if takes(self.pool) else None
         self._max_threads = torch.get_num_threads() if model.device.type == "cpu" else 1
         self._threads = ThreadChoice(self._max_threads)
 
@@ -35,21 +37,27 @@ class ModelRunner:
         """
         if not works:
             return torch.empty(0, self.model.vocab_size, device=self.model.device)
-        layout = build_layout(works, self.pool.block_size, self.model.device)
-        return self._logits(layout) if self._max_threads == 1 else self._logits_in_time(layout)
+        step, layout = self._step(works)
+        return self._logits(step, layout) if self._max_threads == 1 else self._logits_in_time(step, layout)
 
-    def _logits_in_time(self, layout: StepLayout) -> torch.Tensor:
+    def _step(self, works: list[Work]) -> tuple[PagedStep, StepLayout]:
+        if self._kernels is not None and is_small(works):
+            layout = build_layout(works, self.pool.block_size, self.model.device, grouped=False)
+            return SmallStep(self._kernels, self.pool, layout, works), layout
+        layout = build_layout(works, self.pool.block_size, self.model.device)
+        return PagedStep(self.pool, layout), layout
+
+    def _logits_in_time(self, step: PagedStep, layout: StepLayout) -> torch.Tensor:
         """With as many threads as are best for so many tokens; afterwards the process has its own number again."""
         num_tokens = len(layout.token_ids)
         num_threads, started_ns = self._threads.num_threads(num_tokens), time.perf_counter_ns()
         torch.set_num_threads(num_threads)
         try:
-            logits = self._logits(layout)
+            logits = self._logits(step, layout)
         finally:
             torch.set_num_threads(self._max_threads)
         self._threads.observe(num_tokens, num_threads, time.perf_counter_ns() - started_ns)
         return logits
 
-    def _logits(self, layout: StepLayout) -> torch.Tensor:
-        step = PagedStep(self.pool, layout)
+    def _logits(self, step: PagedStep, layout: StepLayout) -> torch.Tensor:
         return self.model.logits(layout.token_ids, layout.positions, layout.logit_rows, paged_step=step).float()

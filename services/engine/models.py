@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,6 +24,9 @@ from services.engine.loading_bars import loading_bars
 from services.engine.paged_attention import LayerCall, ProbeStep
 from services.engine.progress import Reporter
 from services.engine.trained_draft import load_trained_draft
+
+if TYPE_CHECKING:
+    from services.engine.cpu.kernels import Kernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +50,8 @@ class CausalModel:
     """Most tokens of a sequence for which positions are the model's own."""
     keeps_logits: bool
     """Whether its call takes `logits_to_keep`."""
+    kernels: Kernels | None = None
+    """On a CPU, what computes its short steps."""
     tap: FeatureTap | None = None
     """Keeps the final hidden states of the rows of the last call, where there is one."""
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from services.engine.flat_decoder import flatten
-from services.engine.fused import fuse
+from services.engine.fused import fuse, use_kernels
 from services.engine.models import CausalModel
 from services.engine.packed_linear import HalfLinear, pack_linear_layers, packed_layer
 
@@ -29,4 +29,4 @@ def pack(model: CausalModel) -> CausalModel:
     if layer is HalfLinear:
         model = replace(model, module=model.module.float(), dtype=torch.float32)
     flatten(model)
-    return model
+    return use_kernels(model)

@@ -78,6 +78,13 @@ class AttentionStep(Protocol):
         """query (tokens, heads, dim), key and value (tokens, kv heads, dim) to (tokens, heads, value dim)."""
         ...
 
+    def attend_heads(self, call: LayerCall, heads: torch.Tensor, num_heads: int, rotation: Rotation) -> torch.Tensor:
+        """As `attend`, of all heads (tokens, heads + 2 kv heads, dim) of one size, still to be rotated."""
+        num_kv_heads = (heads.shape[1] - num_heads) // 2
+        rotated, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
+        query, key = rotation.turn(rotated).split_with_sizes((num_heads, num_kv_heads), 1)
+        return self.attend(call, query, key, value)
+
 
 def register() -> None:
     """Makes IMPLEMENTATION known to transformers. Calling it again changes nothing."""
@@ -127,7 +134,7 @@ def _refuse_unknown(others: dict[str, object]) -> None:
             raise ModelUnsupported(f"the model's attention takes an argument {name!r}, which the paged attention lacks")
 
 
-class PagedStep:
+class PagedStep(AttentionStep):
     """The attention of one step over a pool. Masks are made once and shared by the layers of the same window."""
 
     def __init__(self, pool: KvPool, layout: StepLayout) -> None:
@@ -215,15 +222,12 @@ def _soft_capped_attention(
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), values)
 
 
-class ProbeStep:
+class ProbeStep(AttentionStep):
     """Stands in for a step to learn what a model's layers ask for, in call order; computes nothing."""
 
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []
         self.shapes: list[LayerShape] = []
-
-    def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
-        return Rotation.of(embeddings)
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.calls.append(call)

@@ -66,8 +66,8 @@ class StepLayout:
     """(tokens,): index of each token in the groups' outputs laid end to end; None: they are in order already."""
 
 
-def build_layout(works: list[Work], block_size: int, device: torch.device) -> StepLayout:
-    """Computes the layout of a step of at least one work."""
+def build_layout(works: list[Work], block_size: int, device: torch.device, *, grouped: bool = True) -> StepLayout:
+    """Computes the layout of a step of at least one work; without groups for an attention that needs none."""
 
     def to_device(values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
@@ -83,7 +83,7 @@ def build_layout(works: list[Work], block_size: int, device: torch.device) -> St
     slots = [_slots(w, p, block_size) for w, p in zip(works, positions, strict=True)]
     ends = starts + lens
     logit_rows = [np.arange(end - work.num_rows, end) for work, end in zip(works, ends, strict=True)]
-    groups, output_rows = _build_groups(works, lens, starts, block_size, to_device)
+    groups, output_rows = _build_groups(works, lens, starts, block_size, to_device) if grouped else ((), None)
     return StepLayout(
         token_ids=to_device(np.array(token_ids, dtype=np.int64)),
         positions=to_device(np.concatenate(positions)),

@@ -1,0 +1,91 @@
+"""The attention of a short step on a CPU: one kernel a layer, from the product of all three projections to its output.
+
+Owns: which steps are short, and the indices that the kernel reads. Must not know: models, the scheduler, arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from services.engine.kv_pool import KvPool
+from services.engine.paged_attention import LayerCall, PagedStep, Rotation
+from services.engine.step import Work
+from services.engine.step_layout import StepLayout
+
+if TYPE_CHECKING:
+    from services.engine.cpu.kernels import Kernels
+
+MAX_PAIRS = 1500
+"""Of query rows and tokens that they see: the kernel has one thread, and torch's attention, which has them all, is the
+faster of the two from about here on (bench/engine)."""
+
+
+def is_small(works: list[Work]) -> bool:
+    """Whether the kernel is the better choice for a step."""
+    pairs = 0
+    for work in works:
+        num_tokens = work.num_computed_tokens
+        pairs += num_tokens * (work.sequence.num_cached + num_tokens)
+        if pairs > MAX_PAIRS:
+            return False
+    return True
+
+
+def takes(pool: KvPool) -> bool:
+    """Whether the kernel takes such heads."""
+    return all(shape.key_dim == shape.value_dim for shape in pool.shapes)
+
+
+class SmallStep(PagedStep):
+    """As PagedStep, for a step whose layout needs no groups."""
+
+    def __init__(self, kernels: Kernels, pool: KvPool, layout: StepLayout, works: list[Work]) -> None:
+        super().__init__(pool, layout)
+        self._attend_all = kernels.attend
+        counts = [-(-(work.sequence.num_cached + work.num_computed_tokens) // pool.block_size) for work in works]
+        self._tables = np.zeros((len(works), max(counts)), dtype=np.int64)
+        for row, work, count in zip(self._tables, works, counts, strict=True):
+            row[:count] = work.sequence.block_table[:count]
+        self._sequences = np.repeat(np.arange(len(works)), [work.num_computed_tokens for work in works])
+        self._indices = (
+            layout.slots.data_ptr(),
+            layout.positions.data_ptr(),
+            self._sequences.ctypes.data,
+            self._tables.ctypes.data,
+        )
+
+    def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+        cos, signed_sin = super().rotation(embeddings)
+        return Rotation(cos.contiguous(), signed_sin.contiguous())
+
+    def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self.attend_heads(call, torch.cat((query, key, value), 1), query.shape[1], None)
+
+    def attend_heads(
+        self, call: LayerCall, heads: torch.Tensor, num_heads: int, rotation: Rotation | None
+    ) -> torch.Tensor:
+        num_tokens, num_all, dim = heads.shape
+        out = heads.new_empty(num_tokens, num_heads, dim)
+        keys, values = self._pool.layer(call.layer)
+        self._attend_all(
+            heads.data_ptr(),
+            rotation.cos.data_ptr() if rotation is not None else 0,
+            rotation.signed_sin.data_ptr() if rotation is not None else 0,
+            out.data_ptr(),
+            *self._indices,
+            keys.data_ptr(),
+            values.data_ptr(),
+            num_tokens,
+            num_heads,
+            (num_all - num_heads) // 2,
+            dim,
+            self._tables.shape[1],
+            self._pool.block_size,
+            call.window or 0,
+            dim**-0.5 if call.scaling is None else call.scaling,
+            call.softcap or 0.0,
+        )
+        return out
