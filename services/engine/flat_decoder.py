@@ -42,8 +42,8 @@ class FlatDecoder:
         layers = list(decoder.layers)
         self._first_norm: FusedNorm = layers[0].input_layernorm
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
-        self._layers: list[tuple[FusedAttention, FusedNorm, FusedMlp, FusedNorm]] = [
-            (layer.self_attn, layer.post_attention_layernorm, layer.mlp, next_norm)
+        self._layers = [
+            (layer.self_attn.attend, layer.post_attention_layernorm.of_sum, layer.mlp.forward, next_norm.of_sum)
             for layer, next_norm in zip(layers, next_norms, strict=True)
         ]
 
@@ -53,9 +53,9 @@ class FlatDecoder:
         hidden = self._embed(input_ids)
         rotation = paged_step.rotation(self._rotary(hidden, position_ids))
         normed = self._first_norm(hidden)
-        for attention, attention_norm, mlp, next_norm in self._layers:
-            normed = attention_norm.of_sum(hidden, attention.attend(normed, rotation, paged_step))
-            normed = next_norm.of_sum(hidden, mlp(normed))
+        for attend, norm_attended, mlp, norm_output in self._layers:
+            normed = norm_attended(hidden, attend(normed, rotation, paged_step))
+            normed = norm_output(hidden, mlp(normed))
         return BaseModelOutputWithPast(last_hidden_state=normed)
 
 

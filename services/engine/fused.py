@@ -91,7 +91,7 @@ class FusedMlp(torch.nn.Module):
     kernels: Kernels | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)
+        gate_up = self.gate_up_proj.forward(x)
         if self.kernels is not None and self.act_fn is F.silu and _suits_kernels(gate_up):
             return self._by_kernel(self.kernels, gate_up)
         gate, up = gate_up.chunk(2, -1)
@@ -102,7 +102,7 @@ class FusedMlp(torch.nn.Module):
         width = gate_up.shape[-1] // 2
         product = gate_up.new_empty(*gate_up.shape[:-1], width)
         kernels.silu_and_mul(gate_up.data_ptr(), product.data_ptr(), product.numel() // width, width)
-        down: torch.Tensor = self.down_proj(product)
+        down: torch.Tensor = self.down_proj.forward(product)
         return down
 
 
@@ -131,12 +131,12 @@ class FusedAttention(torch.nn.Module):
 
     def attend(self, hidden: torch.Tensor, rotation: Rotation, step: AttentionStep) -> torch.Tensor:
         """As `forward`, for a step's rotation that is at hand."""
-        heads = self.qkv_proj(hidden).view(-1, self._num_heads + 2 * self._num_kv_heads, self._dim)
+        heads = self.qkv_proj.forward(hidden).view(-1, self._num_heads + 2 * self._num_kv_heads, self._dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key, value = heads.split_with_sizes((self._num_heads, self._num_kv_heads, self._num_kv_heads), 1)
             heads = torch.cat((self.q_norm(query), self.k_norm(key), value), 1)
         attended = step.attend_heads(self._call, heads, self._num_heads, rotation)
-        output: torch.Tensor = self.o_proj(attended.flatten(1).unsqueeze(0))
+        output: torch.Tensor = self.o_proj.forward(attended.view(1, len(attended), -1))
         return output
 
 

@@ -40,9 +40,10 @@ class PackedLinear(torch.nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self._product = torch.ops.mkldnn._linear_pointwise.default._op
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+        product: torch.Tensor = self._product(x, self.weight, self.bias, "none", [], "")
         return product
 
     def extra_repr(self) -> str:

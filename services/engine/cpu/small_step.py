@@ -44,7 +44,7 @@ class SmallStep(PagedStep):
 
     def __init__(self, kernels: Kernels, pool: KvPool, layout: StepLayout, works: list[Work]) -> None:
         super().__init__(pool, layout)
-        self._attend_all = kernels.attend
+        self._kernel = kernels.attend
         counts = [-(-(work.sequence.num_cached + work.num_computed_tokens) // pool.block_size) for work in works]
         self._tables = np.zeros((len(works), max(counts)), dtype=np.int64)
         for row, work, count in zip(self._tables, works, counts, strict=True):
@@ -70,7 +70,7 @@ class SmallStep(PagedStep):
         num_tokens, num_all, dim = heads.shape
         out = heads.new_empty(num_tokens, num_heads, dim)
         keys, values = self._pool.layer(call.layer)
-        self._attend_all(
+        self._kernel(
             heads.data_ptr(),
             rotation.cos.data_ptr() if rotation is not None else 0,
             rotation.signed_sin.data_ptr() if rotation is not None else 0,
