@@ -159,18 +159,21 @@ def _turn(head, cos, signed_sin, scale, out):
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_SUMS)
-def _scores(queries, keys, table, block_size, first, head, scores):
-    """scores[q, j] = queries[q] . key at position first + j, keys (slots, kv heads, dim)."""
-    end = first + scores.shape[1]
+def _scores(queries, keys, table, block_size, first, scores):
+    """scores[q, j] = queries[q] . key at position first + j; queries (heads, dim), keys (slots, kv heads, dim)."""
+    num_kv_heads, dim = keys.shape[1:]
+    fold, end = len(queries) // num_kv_heads, first + scores.shape[1]
     for block in range(first // block_size, (end - 1) // block_size + 1):
         start = block * block_size
         for position in range(max(start, first), min(start + block_size, end)):
-            key = keys[table[block] * block_size + position - start, head]
-            for q in range(len(queries)):
-                total = np.float32(0.0)
-                for i in range(queries.shape[1]):
-                    total += queries[q, i] * _get(key, i)
-                scores[q, position - first] = total
+            slot = table[block] * block_size + position - start
+            for head in range(num_kv_heads):
+                key = keys[slot, head]
+                for q in range(head * fold, (head + 1) * fold):
+                    total = np.float32(0.0)
+                    for i in range(dim):
+                        total += queries[q, i] * _get(key, i)
+                    scores[q, position - first] = total
 
 
 @njit(nogil=True, error_model="numpy")
@@ -197,18 +200,21 @@ def _sum(values):
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_SUMS)
-def _mix(weights, values, table, block_size, first, head, mixed):
-    """mixed[q] = sum of weights[q, j] * value at position first + j, values (slots, kv heads, dim)."""
+def _mix(weights, values, table, block_size, first, mixed):
+    """mixed[q] = sum of weights[q, j] * value at position first + j; mixed (heads, dim), values as keys above."""
+    num_kv_heads, dim = values.shape[1:]
+    fold, end = len(mixed) // num_kv_heads, first + weights.shape[1]
     mixed[:] = np.float32(0.0)
-    end = first + weights.shape[1]
     for block in range(first // block_size, (end - 1) // block_size + 1):
         start = block * block_size
         for position in range(max(start, first), min(start + block_size, end)):
-            value = values[table[block] * block_size + position - start, head]
-            for q in range(len(weights)):
-                weight = weights[q, position - first]
-                for i in range(mixed.shape[1]):
-                    mixed[q, i] += weight * _get(value, i)
+            slot = table[block] * block_size + position - start
+            for head in range(num_kv_heads):
+                value = values[slot, head]
+                for q in range(head * fold, (head + 1) * fold):
+                    weight = weights[q, position - first]
+                    for i in range(dim):
+                        mixed[q, i] += weight * _get(value, i)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -230,32 +236,29 @@ def _attend(
 ):
     num_tokens, num_heads, dim = out.shape
     num_kv_heads = keys.shape[1]
-    fold = num_heads // num_kv_heads
     for t in range(num_tokens):
         for head in range(num_kv_heads):
             _turn(heads[t, num_heads + head], cos[t], signed_sin[t], np.float32(1.0), keys[slots[t], head])
             value = heads[t, num_heads + num_kv_heads + head]
             for i in range(dim):
                 values[slots[t], head, i] = value[i]
-    queries, mixed = np.empty((fold, dim), np.float32), np.empty((fold, dim), np.float32)
+    queries, mixed = np.empty((num_heads, dim), np.float32), np.empty((num_heads, dim), np.float32)
     for t in range(num_tokens):
         table, end = tables[sequences[t]], positions[t] + 1
         first = max(0, end - window) if window else 0
-        scores = np.empty((fold, end - first), np.float32)
-        for head in range(num_kv_heads):
-            for q in range(fold):
-                _turn(heads[t, head * fold + q], cos[t], signed_sin[t], scale, queries[q])
-            _scores(queries, keys, table, block_size, first, head, scores)
-            for q in range(fold):
-                if softcap:
-                    _soft_cap(scores[q], softcap)
-                _exponentials(scores[q])
-            _mix(scores, values, table, block_size, first, head, mixed)
-            for q in range(fold):
-                share = np.float32(1.0) / _sum(scores[q])
-                attended = out[t, head * fold + q]
-                for i in range(dim):
-                    _put(attended, i, mixed[q, i] * share)
+        scores = np.empty((num_heads, end - first), np.float32)
+        for q in range(num_heads):
+            _turn(heads[t, q], cos[t], signed_sin[t], scale, queries[q])
+        _scores(queries, keys, table, block_size, first, scores)
+        for q in range(num_heads):
+            if softcap:
+                _soft_cap(scores[q], softcap)
+            _exponentials(scores[q])
+        _mix(scores, values, table, block_size, first, mixed)
+        for q in range(num_heads):
+            share = np.float32(1.0) / _sum(scores[q])
+            for i in range(dim):
+                _put(out[t, q], i, mixed[q, i] * share)
 
 
 def compile_kernels(stored: type[np.generic], is_cached: bool) -> Kernels:
