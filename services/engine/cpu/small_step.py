@@ -18,7 +18,7 @@ from services.engine.step_layout import StepLayout
 if TYPE_CHECKING:
     from services.engine.cpu.kernels import Kernels
 
-MAX_PAIRS = 1500
+MAX_PAIRS = 1200
 """Of query rows and tokens that they see: the kernel has one thread, and torch's attention, which has them all, is the
 faster of the two from about here on (bench/engine)."""
 
