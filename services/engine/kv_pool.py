@@ -57,6 +57,11 @@ class KvPool:
         self._key_blocks = [pool.flatten(1) for pool in self._keys]
         self._value_blocks = [pool.flatten(1) for pool in self._values]
         self._key_slots, self._value_slots = _slots_of(self._keys), _slots_of(self._values)
+        self.places = [
+            (key.data_ptr(), value.data_ptr(), shape.num_kv_heads, shape.key_dim)
+            for key, value, shape in zip(self._keys, self._values, shapes, strict=True)
+        ]
+        """Of each layer: the addresses of its keys and values, their heads and the keys' size."""
         self._key_runs, self._value_runs = _runs_of(self._key_slots), _runs_of(self._value_slots)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

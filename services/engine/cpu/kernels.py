@@ -40,8 +40,8 @@ class Kernels(NamedTuple):
     silu_and_mul: Callable[..., None]
     """(gate_up, out, rows, width): out = silu(gate) * up, of rows (gate, up) of `width` each (Shazeer 2020)."""
     attend: Callable[..., None]
-    """(heads, cos, signed_sin, out, slots, positions, sequences, tables, keys, values, num_tokens, num_heads,
-    num_kv_heads, dim, num_blocks, block_size, window, scale, softcap): stores the keys and values of a step's tokens,
+    """(heads, out, cos, signed_sin, slots, positions, sequences, tables, num_tokens, num_blocks, block_size, keys,
+    values, num_kv_heads, dim, num_heads, window, scale, softcap): stores the keys and values of a step's tokens,
     then attends over all that each may see. `heads` are query, key and value heads (tokens, heads + 2 kv heads, dim),
     `cos` and `signed_sin` (tokens, dim) or 0 where they are rotated already, `out` (tokens, heads, dim); int64 are
     `slots`, `positions` and `sequences` (tokens,), the last of them rows of `tables` (sequences, num_blocks); `keys`
@@ -282,21 +282,21 @@ def compile_kernels(stored: type[np.generic], is_cached: bool) -> Kernels:
     @njit(types.void(*[size] * 17, real, real), nogil=True, cache=is_cached)
     def attend(
         heads,
+        out,
         cos,
         signed_sin,
-        out,
         slots,
         positions,
         sequences,
         tables,
-        keys,
-        values,
         num_tokens,
-        num_heads,
-        num_kv_heads,
-        dim,
         num_blocks,
         block_size,
+        keys,
+        values,
+        num_kv_heads,
+        dim,
+        num_heads,
         window,
         scale,
         softcap,

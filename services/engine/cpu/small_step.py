@@ -55,7 +55,11 @@ class SmallStep(PagedStep):
             layout.positions.data_ptr(),
             self._sequences.ctypes.data,
             self._tables.ctypes.data,
+            len(self._sequences),
+            self._tables.shape[1],
+            pool.block_size,
         )
+        self._turn: tuple[Rotation | None, int, int] = None, 0, 0
 
     def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
         cos, signed_sin = super().rotation(embeddings)
@@ -67,25 +71,26 @@ class SmallStep(PagedStep):
     def attend_heads(
         self, call: LayerCall, heads: torch.Tensor, num_heads: int, rotation: Rotation | None
     ) -> torch.Tensor:
-        num_tokens, num_all, dim = heads.shape
+        num_tokens, _, dim = heads.shape
         out = heads.new_empty(num_tokens, num_heads, dim)
-        keys, values = self._pool.layer(call.layer)
+        if rotation is not self._turn[0]:
+            self._turn = _turn_of(rotation)
         self._kernel(
             heads.data_ptr(),
-            rotation.cos.data_ptr() if rotation is not None else 0,
-            rotation.signed_sin.data_ptr() if rotation is not None else 0,
             out.data_ptr(),
+            *self._turn[1:],
             *self._indices,
-            keys.data_ptr(),
-            values.data_ptr(),
-            num_tokens,
+            *self._pool.places[call.layer],
             num_heads,
-            (num_all - num_heads) // 2,
-            dim,
-            self._tables.shape[1],
-            self._pool.block_size,
             call.window or 0,
             dim**-0.5 if call.scaling is None else call.scaling,
             call.softcap or 0.0,
         )
         return out
+
+
+def _turn_of(rotation: Rotation | None) -> tuple[Rotation | None, int, int]:
+    """A rotation and the addresses of its tables."""
+    if rotation is None:
+        return None, 0, 0
+    return rotation, rotation.cos.data_ptr(), rotation.signed_sin.data_ptr()
