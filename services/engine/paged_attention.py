@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from services.common.errors import ModelUnsupported
+from services.engine.cpu import halves
 from services.engine.kv_pool import KvPool, LayerShape
 from services.engine.step_layout import AttentionGroup, StepLayout
 
@@ -141,6 +142,7 @@ class PagedStep(AttentionStep):
         self._pool = pool
         self._layout = layout
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._halved_masks: dict[tuple[int, int], torch.Tensor] = {}
         self._rotations: dict[int, tuple[tuple[torch.Tensor, torch.Tensor], Rotation]] = {}
 
     def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
@@ -165,7 +167,7 @@ class PagedStep(AttentionStep):
         """Query rows of one group to (batch * max_rows, heads * value dim); `fold` query heads share a key head."""
         group = self._layout.groups[index]
         batch, max_rows = group.batch, group.max_rows
-        rows = query if group.rows is None else query.index_select(0, group.rows)
+        rows = query[group.rows] if isinstance(group.rows, slice) else query.index_select(0, group.rows)
         num_kv_heads, dim = query.shape[1] // fold, query.shape[2]
         if max_rows == 1:
             folded = rows.reshape(batch, num_kv_heads, fold, dim)
@@ -176,7 +178,10 @@ class PagedStep(AttentionStep):
         else:
             keys, values = self._pool.run(call.layer, group.first_block, group.blocks.shape[1])
         mask = self._mask(index, fold, call.window, query.dtype)
-        if call.softcap is None:
+        if call.softcap is None and call.window is None and halves.is_faster(folded, keys):
+            masks = self._halved_mask(index, fold, mask)
+            attended = halves.attend_in_halves(folded, keys, values, masks, call.scaling)
+        elif call.softcap is None:
             attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=call.scaling)
         else:
             attended = _soft_capped_attention(folded, keys, values, mask, call.scaling, call.softcap)
@@ -197,6 +202,12 @@ class PagedStep(AttentionStep):
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
             self._masks[key] = mask.unsqueeze(1).repeat(1, fold, 1, 1).flatten(1, 2).unsqueeze(1)
         return self._masks[key]
+
+    def _halved_mask(self, index: int, fold: int, mask: torch.Tensor) -> torch.Tensor:
+        key = (index, fold)
+        if key not in self._halved_masks:
+            self._halved_masks[key] = halves.halve_mask(mask)
+        return self._halved_masks[key]
 
 
 def _visible(group: AttentionGroup, block_size: int, window: int | None) -> torch.Tensor:

@@ -39,8 +39,8 @@ class AttentionGroup:
 
     batch: int
     max_rows: int
-    rows: torch.Tensor | None
-    """(batch * max_rows,): index of each query row among the step's tokens; None: they are those, in order."""
+    rows: torch.Tensor | slice
+    """(batch * max_rows,): index of each query row among the step's tokens, or where they follow each other there."""
     row_positions: torch.Tensor
     """(batch, max_rows): absolute position of each query row; padding is at 0, where something is always visible."""
     blocks: torch.Tensor
@@ -106,7 +106,7 @@ def _build_groups(
 ) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
     ends = np.array([work.sequence.num_cached for work in works], dtype=np.int64) + lens
     members = partition(lens, -(-ends // block_size))
-    groups, output_rows, offset, in_order = [], np.zeros(int(lens.sum()), dtype=np.int64), 0, True
+    groups, output_rows, offset = [], np.zeros(int(lens.sum()), dtype=np.int64), 0
     for member in members:
         max_rows = int(lens[member].max())
         within = np.arange(max_rows)
@@ -114,22 +114,23 @@ def _build_groups(
         rows = np.where(real, starts[member, None] + within, starts[member, None])
         cached = np.array([works[i].sequence.num_cached for i in member])
         output_rows[rows[real]] = offset + np.flatnonzero(real)
-        ordered = len(members) == 1 and bool(real.all())
-        in_order = in_order and ordered
+        first = int(rows[0, 0])
+        is_slice = bool((rows.ravel() == np.arange(first, first + rows.size)).all())
         blocks = _padded_blocks([works[i] for i in member], block_size)
         is_run = len(member) == 1 and bool((np.diff(blocks[0]) == 1).all())
         groups.append(
             AttentionGroup(
                 batch=len(member),
                 max_rows=max_rows,
-                rows=None if ordered else to_device(rows.ravel()),
+                rows=slice(first, first + rows.size) if is_slice else to_device(rows.ravel()),
                 row_positions=to_device(np.where(real, cached[:, None] + within, 0)),
                 blocks=to_device(blocks),
                 first_block=int(blocks[0, 0]) if is_run else None,
             )
         )
         offset += rows.size
-    return tuple(groups), None if in_order else to_device(output_rows)
+    is_in_order = offset == len(output_rows) and bool((output_rows == np.arange(offset)).all())
+    return tuple(groups), None if is_in_order else to_device(output_rows)
 
 
 def partition(rows: Ints, blocks: Ints) -> list[Ints]:

@@ -40,8 +40,21 @@ def test_tokens_positions_and_slots_follow_the_cached_prefix() -> None:
 
 def test_equal_rows_need_no_rearranging() -> None:
     step = layout([Work(sequence([1, 2], 1, [i]), 1, None, 1) for i in range(3)])
-    assert step.groups[0].rows is None
+    assert step.groups[0].rows == slice(0, 3)
     assert step.output_rows is None
+
+
+def test_a_chunk_behind_rows_needs_no_rearranging() -> None:
+    rows = [Work(sequence([1] * 40, 39, list(range(10))), 1, None, 1) for _ in range(4)]
+    step = layout([*rows, Work(sequence([2] * 4000, 3000, list(range(1000))), 12)])
+    assert [group.rows for group in step.groups] == [slice(0, 4), slice(4, 16)]
+    assert step.output_rows is None
+
+
+def test_padding_is_left_behind() -> None:
+    step = layout([Work(sequence([1] * 9, 4, [1, 2, 3]), n, None, 1) for n in (5, 4)])
+    assert step.groups[0].rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5]
+    assert step.output_rows.tolist() == list(range(9))
 
 
 def test_padding_rows_are_at_position_zero_and_padding_blocks_are_the_sequences_own() -> None:
