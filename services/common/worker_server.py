@@ -26,6 +26,7 @@ from services.common.rpc import GrpcServer, ServerLimits
 from services.common.service import announce_ready, exit_on_signals, stop_signals, wait_until
 from services.common.tally import CallTally, Watched
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.time_slices import short_slices
 from services.common.tls import server_credentials
 from services.common.tracing import NO_TRACER, Tracer
 from services.common.values import WorkerInfo
@@ -120,17 +121,18 @@ async def running_worker(
         async with server:
             engine, info, watched, close = await asyncio.to_thread(recipe.build)
             engine.start()
-            try:
-                startup_ms = 1e3 * (time.monotonic() - started)
-                worker = Worker(engine, dataclasses.replace(info, startup_ms=startup_ms), watched.activity)
-                collector.set_ready(info, watched, lambda: engine.load)
-                state.set_ready(worker)
-                await server.set_ready(True)
-                yield RunningWorker(server.port, worker, server, engine, registry, bound_metrics_port)
-            finally:
-                await server.set_ready(False)
-                await asyncio.to_thread(engine.stop)
-                await asyncio.to_thread(close)
+            with short_slices():
+                try:
+                    startup_ms = 1e3 * (time.monotonic() - started)
+                    worker = Worker(engine, dataclasses.replace(info, startup_ms=startup_ms), watched.activity)
+                    collector.set_ready(info, watched, lambda: engine.load)
+                    state.set_ready(worker)
+                    await server.set_ready(True)
+                    yield RunningWorker(server.port, worker, server, engine, registry, bound_metrics_port)
+                finally:
+                    await server.set_ready(False)
+                    await asyncio.to_thread(engine.stop)
+                    await asyncio.to_thread(close)
 
 
 def _server(config: WorkerConfig, calls: CallTally) -> GrpcServer:

@@ -30,6 +30,7 @@ from services.common.session_store import SessionStore
 from services.common.session_usage import Caps, SessionUsage
 from services.common.tally import CallTally
 from services.common.telemetry_settings import METRICS_OFF
+from services.common.time_slices import short_slices
 from services.common.tls import server_credentials
 from services.common.tracing import NO_TRACER, Tracer
 from services.coordinator.authentication import ApiKeys, Authenticator
@@ -96,6 +97,7 @@ async def running_coordinator(
         stack.push_async_callback(store.aclose)
         await _check_store(store)
         placement = await asyncio.to_thread(_placement, config, tokenizers)
+        stack.enter_context(short_slices())
         committer = Committer(store, outage=Outage(config.redis_outage), outage_after_s=config.redis_outage_after_s)
         caps = Caps(config.max_client_sessions, config.max_client_tokens)
         tally, calls = CoordinatorTally(), CallTally(EXPECTED_CALLS)

@@ -40,6 +40,7 @@ def attend_in_halves(
 
     Every row must see something in both halves.
     """
+    attended: torch.Tensor
     attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.expand(2, -1, -1, -1), _halve(keys, 2), _halve(values, 2), attn_mask=masks, scale=scale
     )
