@@ -1,23 +1,28 @@
 """Kernels for steps of few rows on a CPU, where an operation of torch costs more to call than to compute.
 
 Owns: their arithmetic. Must not know: torch, models, steps. Compiled by Numba for the processor at hand, for one type
-of stored values: float32, or bfloat16 as the uint16 it is kept in. Everything is computed in float32, in one thread
-without Python's lock, rounded once when it is stored, and NaN stays NaN. Arrays come as addresses, contiguous; nothing
-here checks them.
+of stored values: float32, or bfloat16 as the uint16 it is kept in. Everything is computed in float32, without Python's
+lock, rounded once when it is stored, and NaN stays NaN. Arrays come as addresses, contiguous; nothing here checks them.
 
-The attention is that of Kwon et al. 2023 (PagedAttention), section 4.3: it reads the blocks where they lie.
+The attention is that of Kwon et al. 2023 (PagedAttention), section 4.3: it reads the blocks where they lie. Its threads
+are torch's own (services.engine.cpu.team), as others would have to share the cores with those that wait for torch's
+next product. All that the tokens of a step may see is laid end to end and cut into equal parts, one a thread; where a
+cut falls within a token, the parts are joined by their maxima and sums (Dao et al. 2023, Flash-Decoding).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
+
+from services.engine.cpu.team import Team
 
 _SUMS = {"reassoc", "contract", "nsz"}
 """What sums of many terms may be rearranged by; never on the assumption that there are no NaN or infinities."""
@@ -30,6 +35,17 @@ _LEAST_EXPONENT, _HIGHEST_EXPONENT = np.float32(-87.0), np.float32(88.0)
 _TERM_3, _TERM_4, _TERM_5, _TERM_6, _TERM_7 = (np.float32(1.0 / math.factorial(n)) for n in range(3, 8))
 """Of the exponential series."""
 
+_CALL = np.dtype(
+    [
+        *((name, np.int64) for name in ("thread_num", "num_threads", "num_parts")),
+        *((name, np.int64) for name in ("heads", "cos", "signed_sin", "positions", "sequences", "tables")),
+        *((name, np.int64) for name in ("num_tokens", "num_blocks", "block_size", "keys", "values", "num_kv_heads")),
+        *((name, np.int64) for name in ("dim", "num_heads", "window", "maxima", "sums", "mixed")),
+        *((name, np.float32) for name in ("scale", "softcap")),
+    ]
+)
+"""What the threads of an attention get to know."""
+
 
 class Kernels(NamedTuple):
     """For one type of stored values. Addresses and sizes are integers."""
@@ -40,12 +56,13 @@ class Kernels(NamedTuple):
     silu_and_mul: Callable[..., None]
     """(gate_up, out, rows, width): out = silu(gate) * up, of rows (gate, up) of `width` each (Shazeer 2020)."""
     attend: Callable[..., None]
-    """(heads, out, cos, signed_sin, slots, positions, sequences, tables, num_tokens, num_blocks, block_size, keys,
-    values, num_kv_heads, dim, num_heads, window, scale, softcap): stores the keys and values of a step's tokens,
+    """(num_parts, heads, out, cos, signed_sin, slots, positions, sequences, tables, num_tokens, num_blocks,
+    block_size, keys, values, num_kv_heads, dim, num_heads, window, scale, softcap): stores the keys and values of a step's tokens,
     then attends over all that each may see. `heads` are query, key and value heads (tokens, heads + 2 kv heads, dim),
     `cos` and `signed_sin` (tokens, dim) or 0 where they are rotated already, `out` (tokens, heads, dim); int64 are
     `slots`, `positions` and `sequences` (tokens,), the last of them rows of `tables` (sequences, num_blocks); `keys`
-    and `values` (slots, kv heads, dim). `window` and `softcap` are 0 where there is none."""
+    and `values` (slots, kv heads, dim). `window` and `softcap` are 0 where there is none. It is computed in
+    `num_parts` threads, where there is a team."""
 
 
 @intrinsic
@@ -54,6 +71,39 @@ def _pointer(context, address):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def _fork(context, fork, worker, data, num_threads):
+    """Calls `worker` with `data` in so many threads, of which the caller's is one, and waits for them."""
+
+    def generate(context, builder, signature, arguments):
+        place, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, place, word, word])
+        fork, worker, data, num_threads = arguments
+        builder.call(
+            builder.inttoptr(fork, kind.as_pointer()),
+            [
+                builder.inttoptr(worker, place),
+                builder.inttoptr(data, place),
+                builder.trunc(num_threads, word),
+                ir.Constant(word, 0),
+            ],
+        )
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def _ask(context, function):
+    """What a function without arguments returns."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+
+    return types.int32(types.intp), generate
 
 
 @intrinsic
@@ -189,6 +239,7 @@ def _exponentials(scores):
         highest = scores[j] if scores[j] > highest else highest
     for j in range(len(scores)):
         scores[j] = _exp(scores[j] - highest)
+    return highest
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_SUMS)
@@ -218,50 +269,105 @@ def _mix(weights, values, table, block_size, first, mixed):
 
 
 @njit(nogil=True, error_model="numpy")
-def _attend(
+def _store(heads, num_heads, cos, signed_sin, slots, keys, values):
+    num_kv_heads, dim = keys.shape[1:]
+    for t in range(len(slots)):
+        for head in range(num_kv_heads):
+            _turn(heads[t, num_heads + head], cos[t], signed_sin[t], np.float32(1.0), keys[slots[t], head])
+            value = heads[t, num_heads + num_kv_heads + head]
+            for i in range(dim):
+                values[slots[t], head, i] = value[i]
+
+
+@njit(nogil=True, error_model="numpy")
+def _num_visible(position, window):
+    """Tokens that one at `position` sees."""
+    return min(position + 1, window) if window else position + 1
+
+
+@njit(nogil=True, error_model="numpy")
+def _total_visible(positions, window):
+    total = 0
+    for t in range(len(positions)):
+        total += _num_visible(positions[t], window)
+    return total
+
+
+@njit(nogil=True, error_model="numpy")
+def _attend_part(
+    part,
+    num_parts,
     heads,
     cos,
     signed_sin,
-    slots,
     positions,
     sequences,
     tables,
     block_size,
     keys,
     values,
-    out,
+    maxima,
+    sums,
+    mixed,
     scale,
     softcap,
     window,
 ):
-    num_tokens, num_heads, dim = out.shape
-    num_kv_heads = keys.shape[1]
-    for t in range(num_tokens):
-        for head in range(num_kv_heads):
-            _turn(heads[t, num_heads + head], cos[t], signed_sin[t], np.float32(1.0), keys[slots[t], head])
-            value = heads[t, num_heads + num_kv_heads + head]
-            for i in range(dim):
-                values[slots[t], head, i] = value[i]
-    queries, mixed = np.empty((num_heads, dim), np.float32), np.empty((num_heads, dim), np.float32)
-    for t in range(num_tokens):
-        table, end = tables[sequences[t]], positions[t] + 1
-        first = max(0, end - window) if window else 0
-        scores = np.empty((num_heads, end - first), np.float32)
-        for q in range(num_heads):
-            _turn(heads[t, q], cos[t], signed_sin[t], scale, queries[q])
-        _scores(queries, keys, table, block_size, first, scores)
-        for q in range(num_heads):
-            if softcap:
-                _soft_cap(scores[q], softcap)
-            _exponentials(scores[q])
-        _mix(scores, values, table, block_size, first, mixed)
-        for q in range(num_heads):
-            share = np.float32(1.0) / _sum(scores[q])
-            for i in range(dim):
-                _put(out[t, q], i, mixed[q, i] * share)
+    """One of the parts; what it finds of token t comes into row t + part of `maxima`, `sums` and `mixed`."""
+    num_heads, total = maxima.shape[1], _total_visible(positions, window)
+    start, stop = total * part // num_parts, total * (part + 1) // num_parts
+    queries, offset = np.empty((num_heads, mixed.shape[2]), np.float32), 0
+    for t in range(len(positions)):
+        num_visible = _num_visible(positions[t], window)
+        low, high = max(start - offset, 0), min(stop - offset, num_visible)
+        offset += num_visible
+        if low < high:
+            first, row, table = positions[t] + 1 - num_visible + low, t + part, tables[sequences[t]]
+            scores = np.empty((num_heads, high - low), np.float32)
+            for q in range(num_heads):
+                _turn(heads[t, q], cos[t], signed_sin[t], scale, queries[q])
+            _scores(queries, keys, table, block_size, first, scores)
+            for q in range(num_heads):
+                if softcap:
+                    _soft_cap(scores[q], softcap)
+                maxima[row, q] = _exponentials(scores[q])
+                sums[row, q] = _sum(scores[q])
+            _mix(scores, values, table, block_size, first, mixed[row])
 
 
-def compile_kernels(stored: type[np.generic], is_cached: bool) -> Kernels:
+@njit(nogil=True, error_model="numpy")
+def _join(positions, window, num_parts, maxima, sums, mixed, out):
+    """Adds up what the parts found of each token."""
+    num_heads, dim = out.shape[1:]
+    total, offset, first_part = _total_visible(positions, window), 0, 0
+    for t in range(len(positions)):
+        end = offset + _num_visible(positions[t], window)
+        while total * (first_part + 1) // num_parts <= offset:
+            first_part += 1
+        row, part = t + first_part, first_part + 1
+        while part < num_parts and total * part // num_parts < end:
+            if total * part // num_parts < total * (part + 1) // num_parts:
+                for q in range(num_heads):
+                    _add(t + part, row, q, maxima, sums, mixed)
+            part += 1
+        for q in range(num_heads):
+            share = np.float32(1.0) / sums[row, q]
+            for i in range(dim):
+                _put(out[t, q], i, mixed[row, q, i] * share)
+        offset = end
+
+
+@njit(nogil=True, error_model="numpy")
+def _add(other, row, q, maxima, sums, mixed):
+    highest = maxima[other, q] if maxima[other, q] > maxima[row, q] else maxima[row, q]
+    weight, other_weight = _exp(maxima[row, q] - highest), _exp(maxima[other, q] - highest)
+    maxima[row, q] = highest
+    sums[row, q] = sums[row, q] * weight + sums[other, q] * other_weight
+    for i in range(mixed.shape[2]):
+        mixed[row, q, i] = mixed[row, q, i] * weight + mixed[other, q, i] * other_weight
+
+
+def compile_kernels(stored: type[np.generic], is_cached: bool, team: Team) -> Kernels:
     """For values stored as np.float32, or as np.uint16, which stands for bfloat16. Takes seconds where not cached."""
     size, real = types.intp, types.float32
 
@@ -279,8 +385,44 @@ def compile_kernels(stored: type[np.generic], is_cached: bool) -> Kernels:
         for row in range(rows):
             _silu_and_mul(gates[row, :width], gates[row, width:], outs[row])
 
-    @njit(types.void(*[size] * 17, real, real), nogil=True, cache=is_cached)
+    @njit(nogil=True, error_model="numpy")
+    def attend_parts(call, first_part, step):
+        """Every `step`th part of a call from `first_part` on."""
+        num_heads, dim = call.num_heads, call.dim
+        shape, num_rows = (call.num_tokens, dim if call.cos else 0), call.num_tokens + call.num_parts
+        for part in range(first_part, call.num_parts, step):
+            _attend_part(
+                part,
+                call.num_parts,
+                carray(_pointer(call.heads), (call.num_tokens, num_heads + 2 * call.num_kv_heads, dim), stored),
+                carray(_pointer(call.cos), shape, stored),
+                carray(_pointer(call.signed_sin), shape, stored),
+                carray(_pointer(call.positions), (call.num_tokens,), np.int64),
+                carray(_pointer(call.sequences), (call.num_tokens,), np.int64),
+                carray(_pointer(call.tables), (call.num_tokens, call.num_blocks), np.int64),
+                call.block_size,
+                carray(_pointer(call.keys), (1, call.num_kv_heads, dim), stored),
+                carray(_pointer(call.values), (1, call.num_kv_heads, dim), stored),
+                carray(_pointer(call.maxima), (num_rows, num_heads), np.float32),
+                carray(_pointer(call.sums), (num_rows, num_heads), np.float32),
+                carray(_pointer(call.mixed), (num_rows, num_heads, dim), np.float32),
+                call.scale,
+                call.softcap,
+                call.window,
+            )
+
+    @cfunc(types.void(types.voidptr), nopython=True, cache=is_cached)
+    def attend_parts_of_thread(data):
+        call = carray(data, (1,), _CALL)[0]
+        attend_parts(call, _ask(call.thread_num), _ask(call.num_threads))
+
+    @njit(types.void(*[size] * 22, real, real), nogil=True, cache=is_cached)
     def attend(
+        worker,
+        fork,
+        thread_num,
+        num_threads,
+        num_parts,
         heads,
         out,
         cos,
@@ -301,22 +443,40 @@ def compile_kernels(stored: type[np.generic], is_cached: bool) -> Kernels:
         scale,
         softcap,
     ):
-        shape = (num_tokens, dim if cos else 0)
-        _attend(
+        num_parts = num_parts if fork else 1
+        shape, rows = (num_tokens, dim if cos else 0), num_tokens + num_parts
+        maxima, sums = np.empty((rows, num_heads), np.float32), np.empty((rows, num_heads), np.float32)
+        mixed = np.empty((rows, num_heads, dim), np.float32)
+        _store(
             carray(_pointer(heads), (num_tokens, num_heads + 2 * num_kv_heads, dim), stored),
+            num_heads,
             carray(_pointer(cos), shape, stored),
             carray(_pointer(signed_sin), shape, stored),
             carray(_pointer(slots), (num_tokens,), np.int64),
-            carray(_pointer(positions), (num_tokens,), np.int64),
-            carray(_pointer(sequences), (num_tokens,), np.int64),
-            carray(_pointer(tables), (num_tokens, num_blocks), np.int64),
-            block_size,
             carray(_pointer(keys), (1, num_kv_heads, dim), stored),
             carray(_pointer(values), (1, num_kv_heads, dim), stored),
-            carray(_pointer(out), (num_tokens, num_heads, dim), stored),
-            scale,
-            softcap,
+        )
+        calls = np.empty(1, _CALL)
+        call = calls[0]
+        call.thread_num, call.num_threads, call.num_parts = thread_num, num_threads, num_parts
+        call.heads, call.cos, call.signed_sin = heads, cos, signed_sin
+        call.positions, call.sequences, call.tables = positions, sequences, tables
+        call.num_tokens, call.num_blocks, call.block_size = num_tokens, num_blocks, block_size
+        call.keys, call.values, call.num_kv_heads = keys, values, num_kv_heads
+        call.dim, call.num_heads, call.window, call.scale, call.softcap = dim, num_heads, window, scale, softcap
+        call.maxima, call.sums, call.mixed = maxima.ctypes.data, sums.ctypes.data, mixed.ctypes.data
+        if num_parts > 1:
+            _fork(fork, worker, calls.ctypes.data, num_parts)
+        else:
+            attend_parts(call, 0, 1)
+        _join(
+            carray(_pointer(positions), (num_tokens,), np.int64),
             window,
+            num_parts,
+            maxima,
+            sums,
+            mixed,
+            carray(_pointer(out), (num_tokens, num_heads, dim), stored),
         )
 
-    return Kernels(add_rms_norm, silu_and_mul, attend)
+    return Kernels(add_rms_norm, silu_and_mul, partial(attend, attend_parts_of_thread.address, *team))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from services.common.config import cache_dir
+from services.engine.cpu.team import find_team
 
 if TYPE_CHECKING:
     from services.engine.cpu.kernels import Kernels
@@ -39,7 +40,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     directory = _directory()
     if directory is not None:
         numba.config.CACHE_DIR = str(directory)
-    return compile_kernels(_STORED[dtype], is_cached=directory is not None)
+    return compile_kernels(_STORED[dtype], directory is not None, find_team())
 
 
 def _directory() -> Path | None:

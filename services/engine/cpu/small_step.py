@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from services.engine.cpu.kernels import Kernels
 
 MAX_PAIRS = 1200
-"""Of query rows and tokens that they see: the kernel has one thread, and torch's attention, which has them all, is the
-faster of the two from about here on (bench/engine)."""
+"""Torch's attention is the faster of the two from about here on (bench/engine)."""
+MIN_SHARED_PAIRS = 64
+"""Fewer are done before other threads would have begun."""
+
+
+def count_pairs(works: list[Work]) -> int:
+    """Query rows times tokens that they see, about."""
+    return sum(work.num_computed_tokens * (work.sequence.num_cached + work.num_computed_tokens) for work in works)
 
 
 def is_small(works: list[Work]) -> bool:
     """Whether the kernel is the better choice for a step."""
-    pairs = 0
-    for work in works:
-        num_tokens = work.num_computed_tokens
-        pairs += num_tokens * (work.sequence.num_cached + num_tokens)
-        if pairs > MAX_PAIRS:
-            return False
-    return True
+    return count_pairs(works) <= MAX_PAIRS
 
 
 def takes(pool: KvPool) -> bool:
@@ -59,6 +59,7 @@ class SmallStep(PagedStep):
             self._tables.shape[1],
             pool.block_size,
         )
+        self._num_parts = torch.get_num_threads() if count_pairs(works) >= MIN_SHARED_PAIRS else 1
         self._turn: tuple[Rotation | None, int, int] = None, 0, 0
 
     def rotation(self, embeddings: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
@@ -76,6 +77,7 @@ class SmallStep(PagedStep):
         if rotation is not self._turn[0]:
             self._turn = _turn_of(rotation)
         self._kernel(
+            self._num_parts,
             heads.data_ptr(),
             out.data_ptr(),
             *self._turn[1:],

@@ -64,10 +64,14 @@ class Attentions:
         small = SmallStep(kernels, self.pools[0], ungrouped, self.works)
         return small, PagedStep(self.pools[1], build_layout(self.works, BLOCK_SIZE, CPU))
 
-    def both(self, call: LayerCall, embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> list[torch.Tensor]:
-        """(tokens, heads, dim) by kernels and by torch."""
+    def both(
+        self, call: LayerCall, embeddings: tuple[torch.Tensor, torch.Tensor] | None, num_parts: int = 1
+    ) -> list[torch.Tensor]:
+        """(tokens, heads, dim) by kernels, in so many threads, and by torch."""
         found = []
-        for step in self.steps():
+        small, paged = self.steps()
+        small._num_parts = num_parts
+        for step in (small, paged):
             if embeddings is not None:
                 found.append(step.attend_heads(call, self.heads, self.num_heads, step.rotation(embeddings)))
             else:
@@ -88,7 +92,7 @@ def steps(draw: st.DrawFn) -> list[Work]:
     return works
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     works=steps(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -97,6 +101,7 @@ def steps(draw: st.DrawFn) -> list[Work]:
     softcap=st.sampled_from([None, 4.0]),
     scaling=st.sampled_from([None, 0.7]),
     rotates=st.booleans(),
+    num_parts=st.integers(1, 6),
 )
 def test_kernels_attend_as_torch_does(
     works: list[Work],
@@ -106,16 +111,27 @@ def test_kernels_attend_as_torch_does(
     softcap: float | None,
     scaling: float | None,
     rotates: bool,
+    num_parts: int,
 ) -> None:
     both = Attentions(works, dtype, *shape)
-    small, paged = both.both(LayerCall(0, scaling, window, softcap), both.embeddings() if rotates else None)
+    embeddings = both.embeddings() if rotates else None
+    small, paged = both.both(LayerCall(0, scaling, window, softcap), embeddings, num_parts)
     torch.testing.assert_close(small.float(), paged.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     for kept, expected in zip(*(pool.layer(0) for pool in both.pools), strict=True):
         torch.testing.assert_close(kept, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_threads_without_a_part_add_nothing() -> None:
+    both = Attentions([Work(sequence([1] * n, n - 1, [n]), 1, None, 1) for n in (1, 3, 1)], torch.float32, 4, 2, 8)
+    expected, _ = both.both(LayerCall(0, None, None, None), None, 1)
+    for num_parts in range(2, 12):
+        small, _ = both.both(LayerCall(0, None, None, None), None, num_parts)
+        torch.testing.assert_close(small, expected)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype) -> None:
+def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype, num_parts: int) -> None:
     """Slots behind a sequence's end, of its last block and of others, are not read either."""
     works = [
         Work(sequence([1] * 9, 8, [5, 1, 3]), 1, None, 1),
@@ -129,16 +145,16 @@ def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype) -> None:
         pool[4, 2:] = float("nan")
     call = LayerCall(0, None, None, None)
     embeddings = both.embeddings()
-    whole, _ = both.both(call, embeddings)
+    whole, _ = both.both(call, embeddings, num_parts)
     assert whole.isfinite().all()
     keys[1, 2, 0, 3] = float("nan")
-    faulty, _ = both.both(call, embeddings)
+    faulty, _ = both.both(call, embeddings, num_parts)
     assert not faulty[0].isfinite().all()
     assert torch.equal(faulty[0, 2:], whole[0, 2:]), "the other key head's"
     assert torch.equal(faulty[1], whole[1])
 
 
-def test_small_is_what_one_thread_does_quickly() -> None:
+def test_small_is_what_is_done_quickly() -> None:
     def step_of(num_cached: int, num_tokens: int) -> Work:
         return Work(sequence([1] * (num_cached + num_tokens), num_cached, []), num_tokens)
 
