@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from services.engine.cpu.small_step import SmallStep, is_small, takes
+from services.engine.cpu.kernel_step import KernelStep, num_for_kernel, takes
 from services.engine.kv_pool import KvPool
 from services.engine.models import CausalModel
 from services.engine.paged_attention import PagedStep
@@ -41,9 +41,9 @@ class ModelRunner:
         return self._logits(step, layout) if self._max_threads == 1 else self._logits_in_time(step, layout)
 
     def _step(self, works: list[Work]) -> tuple[PagedStep, StepLayout]:
-        if self._kernels is not None and is_small(works):
+        if self._kernels is not None and (num_works := num_for_kernel(works)):
             layout = build_layout(works, self.pool.block_size, self.model.device, grouped=False)
-            return SmallStep(self._kernels, self.pool, layout, works), layout
+            return KernelStep(self._kernels, self.pool, layout, works, num_works), layout
         layout = build_layout(works, self.pool.block_size, self.model.device)
         return PagedStep(self.pool, layout), layout
 

@@ -79,11 +79,14 @@ class AttentionStep(Protocol):
         """query (tokens, heads, dim), key and value (tokens, kv heads, dim) to (tokens, heads, value dim)."""
         ...
 
-    def attend_heads(self, call: LayerCall, heads: torch.Tensor, num_heads: int, rotation: Rotation) -> torch.Tensor:
-        """As `attend`, of all heads (tokens, heads + 2 kv heads, dim) of one size, still to be rotated."""
+    def attend_heads(
+        self, call: LayerCall, heads: torch.Tensor, num_heads: int, rotation: Rotation | None
+    ) -> torch.Tensor:
+        """As `attend`, of all heads (tokens, heads + 2 kv heads, dim) of one size; None: they are rotated already."""
         num_kv_heads = (heads.shape[1] - num_heads) // 2
-        rotated, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
-        query, key = rotation.turn(rotated).split_with_sizes((num_heads, num_kv_heads), 1)
+        turned, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
+        turned = turned if rotation is None else rotation.turn(turned)
+        query, key = turned.split_with_sizes((num_heads, num_kv_heads), 1)
         return self.attend(call, query, key, value)
 
 

@@ -1,9 +1,10 @@
-"""A short step by kernels gives what PagedStep gives, and reads nothing that is not its sequence's own."""
+"""A step by kernels, whole or in part, gives what PagedStep gives, and reads nothing that is not its sequence's own."""
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import ModelUnsupported
+from services.engine.cpu import kernel_step
+from services.engine.cpu.kernel_step import KernelStep, num_for_kernel
 from services.engine.cpu.loading import load_kernels
-from services.engine.cpu.small_step import MAX_PAIRS, SmallStep, is_small
 from services.engine.kv_pool import KvPool, LayerShape
 from services.engine.paged_attention import LayerCall, PagedStep
 from services.engine.paged_model import EngineOptions, load_engine
@@ -30,8 +32,13 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _shared_by_few_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever the number of pairs, the kernel takes all threads of torch, which is one but where a test says more."""
+    monkeypatch.setattr(kernel_step, "_MIN_SHARED_PAIRS", 0)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Attentions:
@@ -57,21 +64,24 @@ class Attentions:
         angles = self.normal(1, self.num_tokens, self.dim // 2).repeat(1, 1, 2)
         return angles.cos().to(self.heads.dtype), angles.sin().to(self.heads.dtype)
 
-    def steps(self) -> tuple[SmallStep, PagedStep]:
+    def steps(self, num_works: int) -> tuple[KernelStep, PagedStep]:
         kernels = load_kernels(self.heads.dtype)
         assert kernels is not None
         ungrouped = build_layout(self.works, BLOCK_SIZE, CPU, grouped=False)
-        small = SmallStep(kernels, self.pools[0], ungrouped, self.works)
-        return small, PagedStep(self.pools[1], build_layout(self.works, BLOCK_SIZE, CPU))
+        mixed = KernelStep(kernels, self.pools[0], ungrouped, self.works, num_works)
+        return mixed, PagedStep(self.pools[1], build_layout(self.works, BLOCK_SIZE, CPU))
 
     def both(
-        self, call: LayerCall, embeddings: tuple[torch.Tensor, torch.Tensor] | None, num_parts: int = 1
+        self,
+        call: LayerCall,
+        embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        num_threads: int = 1,
+        num_works: int | None = None,
     ) -> list[torch.Tensor]:
-        """(tokens, heads, dim) by kernels, in so many threads, and by torch."""
+        """(tokens, heads, dim) by kernels for so many works, in so many threads, and by torch."""
         found = []
-        small, paged = self.steps()
-        small._num_parts = num_parts
-        for step in (small, paged):
+        torch.set_num_threads(num_threads)
+        for step in self.steps(num_works or len(self.works)):
             if embeddings is not None:
                 found.append(step.attend_heads(call, self.heads, self.num_heads, step.rotation(embeddings)))
             else:
@@ -101,7 +111,8 @@ def steps(draw: st.DrawFn) -> list[Work]:
     softcap=st.sampled_from([None, 4.0]),
     scaling=st.sampled_from([None, 0.7]),
     rotates=st.booleans(),
-    num_parts=st.integers(1, 6),
+    num_threads=st.integers(1, 6),
+    num_works=st.integers(1, 5),
 )
 def test_kernels_attend_as_torch_does(
     works: list[Work],
@@ -111,12 +122,14 @@ def test_kernels_attend_as_torch_does(
     softcap: float | None,
     scaling: float | None,
     rotates: bool,
-    num_parts: int,
+    num_threads: int,
+    num_works: int,
 ) -> None:
     both = Attentions(works, dtype, *shape)
     embeddings = both.embeddings() if rotates else None
-    small, paged = both.both(LayerCall(0, scaling, window, softcap), embeddings, num_parts)
-    torch.testing.assert_close(small.float(), paged.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    call = LayerCall(0, scaling, window, softcap)
+    mixed, paged = both.both(call, embeddings, num_threads, min(num_works, len(works)))
+    torch.testing.assert_close(mixed.float(), paged.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     for kept, expected in zip(*(pool.layer(0) for pool in both.pools), strict=True):
         torch.testing.assert_close(kept, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -124,14 +137,14 @@ def test_kernels_attend_as_torch_does(
 def test_threads_without_a_part_add_nothing() -> None:
     both = Attentions([Work(sequence([1] * n, n - 1, [n]), 1, None, 1) for n in (1, 3, 1)], torch.float32, 4, 2, 8)
     expected, _ = both.both(LayerCall(0, None, None, None), None, 1)
-    for num_parts in range(2, 12):
-        small, _ = both.both(LayerCall(0, None, None, None), None, num_parts)
-        torch.testing.assert_close(small, expected)
+    for num_threads in range(2, 12):
+        found, _ = both.both(LayerCall(0, None, None, None), None, num_threads)
+        torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype, num_parts: int) -> None:
+def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype, num_threads: int) -> None:
     """Slots behind a sequence's end, of its last block and of others, are not read either."""
     works = [
         Work(sequence([1] * 9, 8, [5, 1, 3]), 1, None, 1),
@@ -145,26 +158,31 @@ def test_a_fault_shows_in_its_own_sequence_alone(dtype: torch.dtype, num_parts: 
         pool[4, 2:] = float("nan")
     call = LayerCall(0, None, None, None)
     embeddings = both.embeddings()
-    whole, _ = both.both(call, embeddings, num_parts)
+    whole, _ = both.both(call, embeddings, num_threads)
     assert whole.isfinite().all()
     keys[1, 2, 0, 3] = float("nan")
-    faulty, _ = both.both(call, embeddings, num_parts)
+    faulty, _ = both.both(call, embeddings, num_threads)
     assert not faulty[0].isfinite().all()
     assert torch.equal(faulty[0, 2:], whole[0, 2:]), "the other key head's"
     assert torch.equal(faulty[1], whole[1])
 
 
-def test_small_is_what_is_done_quickly() -> None:
-    def step_of(num_cached: int, num_tokens: int) -> Work:
-        return Work(sequence([1] * (num_cached + num_tokens), num_cached, []), num_tokens)
-
-    assert is_small([step_of(MAX_PAIRS - 1, 1)])
-    assert not is_small([step_of(MAX_PAIRS, 1)])
-    assert not is_small([step_of(MAX_PAIRS // 2, 1), step_of(MAX_PAIRS // 2, 1)])
-    assert not is_small([step_of(0, 60)])
+def rows_at(num_cached: int, num_tokens: int = 1) -> Work:
+    return Work(sequence([1] * (num_cached + num_tokens), num_cached, []), num_tokens)
 
 
-class Watched(SmallStep):
+def test_the_kernel_attends_for_rows_and_torch_for_what_is_long() -> None:
+    assert num_for_kernel([rows_at(3999)]) == 1
+    assert num_for_kernel([rows_at(200)] * 16) == 16
+    assert num_for_kernel([rows_at(200, 8)]) == 1, "few pairs are not worth a call"
+    assert num_for_kernel([rows_at(800, 8)]) == 0
+    assert num_for_kernel([rows_at(200, 5)] * 16) == 0, "torch reads a sequence's blocks for all its rows at once"
+    assert num_for_kernel([rows_at(0, 300)]) == 0
+    assert num_for_kernel([*[rows_at(800)] * 4, rows_at(3900, 4)]) == 4
+    assert num_for_kernel([rows_at(3900, 30), *[rows_at(800)] * 4]) == 0, "only from the first on"
+
+
+class Watched(KernelStep):
     """Counts itself."""
 
     num_made = 0
@@ -179,7 +197,7 @@ class Watched(SmallStep):
 def test_every_family_runs_by_kernels_and_passes_the_check_at_load(
     family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.engine.model_runner.SmallStep", Watched)
+    monkeypatch.setattr("services.engine.model_runner.KernelStep", Watched)
     Watched.num_made = 0
     options = EngineOptions(str(save_model(tmp_path, family, sliding_window=9)), tmp_path, dtype=dtype, num_blocks=64)
     engine = load_engine(options, Reporter(quiet=True))
@@ -188,12 +206,12 @@ def test_every_family_runs_by_kernels_and_passes_the_check_at_load(
 
 
 def test_the_check_at_load_sees_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = SmallStep.attend_heads
+    whole = KernelStep.attend_heads
 
-    def scaled(self: SmallStep, *arguments: Any) -> torch.Tensor:
+    def scaled(self: KernelStep, *arguments: Any) -> torch.Tensor:
         return whole(self, *arguments) * 1.5
 
-    monkeypatch.setattr(SmallStep, "attend_heads", scaled)
+    monkeypatch.setattr(KernelStep, "attend_heads", scaled)
     with pytest.raises(ModelUnsupported, match="differs from its own attention"):
         load_engine(EngineOptions(str(save_model(tmp_path)), tmp_path, num_blocks=64), Reporter(quiet=True))
 
@@ -215,7 +233,7 @@ def test_without_numba_torch_writes_the_same_text(tmp_path: Path, monkeypatch: p
     expected = greedy_text(directory, 60)
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr("services.engine.fused.load_kernels", load_kernels.__wrapped__)
-    monkeypatch.setattr("services.engine.model_runner.SmallStep", None)
+    monkeypatch.setattr("services.engine.model_runner.KernelStep", None)
     assert greedy_text(directory, 60) == expected
 
 
