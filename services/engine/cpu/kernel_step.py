@@ -71,16 +71,17 @@ class KernelStep(PagedStep):
         self._tables = np.zeros((len(works), max(counts)), dtype=np.int64)
         for row, work, count in zip(self._tables, works, counts, strict=True):
             row[:count] = work.sequence.block_table[:count]
-        self._sequences = np.repeat(np.arange(len(works)), lens)
-        self._num_tokens = len(self._sequences)
+        self._starts = np.cumsum([0, *lens])
+        self._num_tokens = sum(lens)
         num_pairs = sum(n * (work.sequence.num_cached + n) for work, n in zip(works, lens, strict=True))
         self._is_shared = num_pairs >= _MIN_SHARED_PAIRS
         self._indices = (
             layout.slots.data_ptr(),
             layout.positions.data_ptr(),
-            self._sequences.ctypes.data,
+            self._starts.ctypes.data,
             self._tables.ctypes.data,
             self._num_tokens,
+            len(works),
             self._tables.shape[1],
             pool.block_size,
         )
