@@ -41,7 +41,7 @@ class ModelRunner:
         return self._logits(step, layout) if self._max_threads == 1 else self._logits_in_time(step, layout)
 
     def _step(self, works: list[Work]) -> tuple[PagedStep, StepLayout]:
-        if self._kernels is not None and (num_works := num_for_kernel(works)):
+        if self._kernels is not None and (num_works := num_for_kernel(works, self.model.fold, self._kernels.lanes)):
             layout = build_layout(works, self.pool.block_size, self.model.device, grouped=False)
             return KernelStep(self._kernels, self.pool, layout, works, num_works), layout
         layout = build_layout(works, self.pool.block_size, self.model.device)

@@ -43,6 +43,8 @@ class CausalModel:
     layer_shapes: tuple[LayerShape, ...]
     layer_calls: tuple[LayerCall, ...]
     """What each layer asks of its attention, in order of the layers."""
+    fold: int
+    """Query heads that share a key head; the most, where layers differ."""
     vocab_size: int
     """Width of the logits, padding rows included."""
     eos_token_ids: frozenset[int]
@@ -163,6 +165,7 @@ def probe_model(module: Any, dtype: torch.dtype, device: torch.device) -> Causal
         device=device,
         layer_shapes=tuple(probe.shapes),
         layer_calls=tuple(probe.calls),
+        fold=max(probe.folds),
         vocab_size=output.logits.shape[-1],
         eos_token_ids=_eos_token_ids(module),
         max_sequence_len=_max_sequence_len(config),

@@ -242,8 +242,10 @@ class ProbeStep(AttentionStep):
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []
         self.shapes: list[LayerShape] = []
+        self.folds: list[int] = []
 
     def attend(self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.calls.append(call)
         self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
+        self.folds.append(query.shape[1] // key.shape[1])
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

@@ -46,6 +46,20 @@ def pointer(context, address) -> Generated:
 
 
 @intrinsic
+def prefetch(context, address) -> Generated:
+    """Has the cache line at an address brought nearer; any address will do."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [_PLACE, _WORD, _WORD, _WORD])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        reads, stays, is_data = ir.Constant(_WORD, 0), ir.Constant(_WORD, 3), ir.Constant(_WORD, 1)
+        builder.call(function, [builder.inttoptr(arguments[0], _PLACE), reads, stays, is_data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
 def _as_float(context, bits) -> Generated:
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], _REAL)

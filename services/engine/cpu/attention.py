@@ -40,6 +40,7 @@ from services.engine.cpu.arithmetic import (
     get,
     multiply_keys,
     pointer,
+    prefetch,
     put,
     scale_rows,
 )
@@ -232,8 +233,10 @@ def _attend_unit(
     dim, width, before = queries.shape[0], tile.shape[1], np.empty(LANES, np.float32)
     maxima[:], sums[:], mixed[:] = _LOWEST, np.float32(0.0), np.float32(0.0)
     for begin in range(first, end, _TILE):
-        num_keys = min(_TILE, end - begin)
-        _convert(keys, head, table, block_size, begin, num_keys, tile)
+        stop = min(begin + _TILE, end)
+        num_keys = stop - begin
+        _prefetch(values, head, table, block_size, begin, stop)
+        _convert(keys, head, table, block_size, begin, stop, tile)
         for k in range(0, num_keys, KEYS_AT_ONCE):
             multiply_keys(
                 tile.ctypes.data + 4 * k * width, width, queries.ctypes.data, scores.ctypes.data + 4 * k * LANES, dim
@@ -247,20 +250,34 @@ def _attend_unit(
         _weigh(scores, num_keys, maxima, sums, mixed, before)
         if is_masked:
             _unweigh(scores, begin, num_keys, lasts, num_lanes, window, sums)
-        _convert(values, head, table, block_size, begin, num_keys, tile)
+        _prefetch(keys, head, table, block_size, stop, min(stop + _TILE, end))
+        _convert(values, head, table, block_size, begin, stop, tile)
         for i in range(0, dim, DIMS_AT_ONCE):
             add_values(tile.ctypes.data + 4 * i, width, scores.ctypes.data, mixed.ctypes.data + 4 * i * LANES, num_keys)
 
 
 @njit(nogil=True, error_model="numpy")
-def _convert(stored, head, table, block_size, begin, num_positions, tile):
-    """tile[j] = what is stored at position begin + j."""
-    dim = stored.shape[2]
+def _convert(stored, head, table, block_size, begin, end, tile):
+    """tile[j] = what is stored at position begin + j, up to `end`."""
     block, offset = begin // block_size, begin % block_size
-    for j in range(num_positions):
+    for j in range(end - begin):
         source = stored[table[block] * block_size + offset, head]
-        for i in range(dim):
+        for i in range(stored.shape[2]):
             tile[j, i] = get(source, i)
+        offset += 1
+        if offset == block_size:
+            block, offset = block + 1, 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _prefetch(stored, head, table, block_size, begin, end):
+    """What is read next: the processor does not guess it, as the heads of a position lie side by side."""
+    line = 64 // stored.itemsize
+    block, offset = begin // block_size, begin % block_size
+    for _ in range(begin, end):
+        source = stored[table[block] * block_size + offset, head]
+        for i in range(0, stored.shape[2], line):
+            prefetch(source[i:].ctypes.data)
         offset += 1
         if offset == block_size:
             block, offset = block + 1, 0
@@ -330,15 +347,15 @@ def _join(num_parts, positions, starts, num_kv_heads, window, maxima, sums, mixe
                     if total * part // num_parts < total * (part + 1) // num_parts:
                         _add(unit + part, row, maxima, sums, mixed)
                     part += 1
-                lane = 0
-                for n in range(group * LANES, min((group + 1) * LANES, (starts[s + 1] - starts[s]) * fold)):
+                begin = group * LANES
+                for n in range(begin, min(begin + LANES, (starts[s + 1] - starts[s]) * fold)):
+                    lane = n - begin
                     target, share = (
                         out[starts[s] + n // fold, head * fold + n % fold],
                         np.float32(1.0) / sums[row, lane],
                     )
                     for i in range(out.shape[2]):
                         put(target, i, mixed[row, i, lane] * share)
-                    lane += 1
                 offset = end
                 unit += 1
 

@@ -19,32 +19,37 @@ from services.engine.step_layout import StepLayout, build_layout
 if TYPE_CHECKING:
     from services.engine.cpu.kernels import Kernels
 
-# What the attention of a layer costs, in what a pair of a query row and a token that it sees costs torch
-# (bench/engine); the kernel computes slower, but needs no calls, gathers nothing, and pads nothing.
-_KERNEL_PAIR = 2
-_GATHERED_TOKEN = 1
-_GROUP = 2100
+# What torch's attention of a layer costs, in what the kernel takes for one position and as many query heads of each key
+# head as there are lanes (bench/engine). The kernel computes slower, but needs no calls, gathers and pads nothing.
+_GROUP = 1000
 """The calls for works of like size."""
-_BOTH = 400
-"""What is to be joined where torch attends for some works."""
+_POSITION = 0.75
+"""A position that is gathered."""
+_QUERY = 0.034
+"""A query head of a key head that sees a position."""
+_BOTH = 200
+"""What is to be joined where the kernel attends for some works and torch for others."""
 _MIN_SHARED_PAIRS = 64
-"""Fewer are done before other threads would have begun."""
+"""Of rows and what they see: fewer are done before other threads would have begun."""
 
 
-def num_for_kernel(works: list[Work]) -> int:
-    """For how many works, from the first on, the kernel had better attend, and torch for the others."""
+def num_for_kernel(works: list[Work], fold: int, lanes: int) -> int:
+    """For how many works, from the first on, the kernel had better attend, and torch for the others.
+
+    `fold` query heads share a key head; the kernel computes `lanes` of them at once.
+    """
     sizes = [work.num_computed_tokens for work in works]
-    contexts = [work.sequence.num_cached + size for work, size in zip(works, sizes, strict=True)]
-    pairs = [size * context for size, context in zip(sizes, contexts, strict=True)]
-    best, least, num_pairs = len(works), _KERNEL_PAIR * sum(pairs), sum(pairs)
-    by_torch, seen = 0, set[int]()
+    seen = [work.sequence.num_cached + size for work, size in zip(works, sizes, strict=True)]
+    by_kernel = [context * -(-size * fold // lanes) for size, context in zip(sizes, seen, strict=True)]
+    best, kernel, torchs, kinds = len(works), sum(by_kernel), 0.0, set[int]()
+    least = float(kernel)
     for n in range(len(works) - 1, -1, -1):
-        if sizes[n] not in seen:
-            seen.add(sizes[n])
-            by_torch += _GROUP
-        by_torch += _GATHERED_TOKEN * contexts[n] + pairs[n]
-        num_pairs -= pairs[n]
-        cost = by_torch + _KERNEL_PAIR * num_pairs + (_BOTH if n else 0)
+        if sizes[n] not in kinds:
+            kinds.add(sizes[n])
+            torchs += _GROUP
+        torchs += seen[n] * (_POSITION + _QUERY * sizes[n] * fold)
+        kernel -= by_kernel[n]
+        cost = kernel + torchs + (_BOTH if n else 0)
         if cost < least:
             best, least = n, cost
     return best

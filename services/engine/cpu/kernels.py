@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray, njit, types
 
-from services.engine.cpu.arithmetic import SUMS, exp, get, pointer, put
+from services.engine.cpu.arithmetic import LANES, SUMS, exp, get, pointer, put
 from services.engine.cpu.attention import compile_attention
 from services.engine.cpu.team import Team
 
@@ -23,6 +23,8 @@ from services.engine.cpu.team import Team
 class Kernels(NamedTuple):
     """For one type of stored values. Addresses and sizes are integers."""
 
+    lanes: int
+    """Query heads of a key head that the attention computes at once."""
     add_rms_norm: Callable[..., None]
     """(hidden, delta, weight, out, rows, width, floor): hidden += delta, unless that is 0; out = hidden * weight / the
     root of its square sum and `floor` (Zhang and Sennrich 2019), `weight` being float32."""
@@ -31,11 +33,11 @@ class Kernels(NamedTuple):
     attend: Callable[..., None]
     """(num_parts, heads, out, cos, signed_sin, slots, positions, starts, tables, num_tokens, num_sequences,
     num_blocks, block_size, keys, values, num_kv_heads, dim, num_heads, window, scale, softcap): stores the keys and
-    values of a step's tokens, then attends over all that each may see. `heads` are query, key and value heads (tokens, heads + 2 kv heads, dim),
-    `cos` and `signed_sin` (tokens, dim) or 0 where they are rotated already, `out` (tokens, heads, dim); int64 are
-    `slots` and `positions` (tokens,), `starts` (sequences + 1,), the first token of each sequence and the end, and
-    `tables` (sequences, num_blocks); `keys` and `values` (slots, kv heads, dim). `window` and `softcap` are 0 where there is none. It is computed in
-    `num_parts` threads, where there is a team."""
+    values of a step's tokens, then attends over all that each may see. `heads` are query, key and value heads (tokens,
+    heads + 2 kv heads, dim), `cos` and `signed_sin` (tokens, dim) or 0 where they are rotated already, `out` (tokens,
+    heads, dim); int64 are `slots` and `positions` (tokens,), `starts` (sequences + 1,), the first token of each
+    sequence and the end, and `tables` (sequences, num_blocks); `keys` and `values` (slots, kv heads, dim). `window` and
+    `softcap` are 0 where there is none. It is computed in `num_parts` threads, where there is a team."""
 
 
 @njit(nogil=True, error_model="numpy", fastmath=SUMS)
@@ -77,4 +79,4 @@ def compile_kernels(stored: type[np.generic], is_cached: bool, team: Team) -> Ke
         for row in range(rows):
             _silu_and_mul(gates[row, :width], gates[row, width:], outs[row])
 
-    return Kernels(add_rms_norm, silu_and_mul, compile_attention(stored, is_cached, team))
+    return Kernels(LANES, add_rms_norm, silu_and_mul, compile_attention(stored, is_cached, team))

@@ -171,15 +171,21 @@ def rows_at(num_cached: int, num_tokens: int = 1) -> Work:
     return Work(sequence([1] * (num_cached + num_tokens), num_cached, []), num_tokens)
 
 
-def test_the_kernel_attends_for_rows_and_torch_for_what_is_long() -> None:
-    assert num_for_kernel([rows_at(3999)]) == 1
-    assert num_for_kernel([rows_at(200)] * 16) == 16
-    assert num_for_kernel([rows_at(200, 8)]) == 1, "few pairs are not worth a call"
-    assert num_for_kernel([rows_at(800, 8)]) == 0
-    assert num_for_kernel([rows_at(200, 5)] * 16) == 0, "torch reads a sequence's blocks for all its rows at once"
-    assert num_for_kernel([rows_at(0, 300)]) == 0
-    assert num_for_kernel([*[rows_at(800)] * 4, rows_at(3900, 4)]) == 4
-    assert num_for_kernel([rows_at(3900, 30), *[rows_at(800)] * 4]) == 0, "only from the first on"
+@pytest.mark.parametrize(
+    ("works", "expected"),
+    [
+        ([rows_at(3999)], 1),
+        ([rows_at(250)] * 16, 16),
+        ([rows_at(800, 8)], 1),
+        ([rows_at(200, 5)] * 16, 16),
+        ([*[rows_at(800)] * 4, rows_at(3900, 4)], 5),
+        ([*[rows_at(800)] * 4, rows_at(1000, 200)], 4),
+        ([rows_at(1000, 200), *[rows_at(800)] * 4], 0),  # only from the first on
+        ([rows_at(0, 300)], 0),
+    ],
+)
+def test_the_kernel_attends_for_rows_and_torch_for_what_is_long(works: list[Work], expected: int) -> None:
+    assert num_for_kernel(works, 3, 16) == expected
 
 
 class Watched(KernelStep):
