@@ -37,7 +37,7 @@ from services.engine.step import Work
 from services.engine.step_times import StepTimes
 
 DEFAULT_PREFILL_BUDGET = 512
-MIN_PREFILL_BUDGET = 4
+MIN_PREFILL_BUDGET = 5
 MAX_STRETCH = 0.6
 NUM_YOUNG_TOKENS = 16
 MAX_ROUND_LEN = MAX_DRAFT_TOKENS + 1

@@ -238,7 +238,7 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(power, builder.bitcast(scale, _VECTOR))
 
 
-def _all(number: float) -> ir.Constant:
+def _all(number: float | np.floating[Any]) -> ir.Constant:
     return ir.Constant(_VECTOR, [float(number)] * LANES)
 
 
