@@ -29,7 +29,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
     find /opt/outrider -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + && \
     find /opt/outrider -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi' -o -name '*.h' -o -name '*.a' \) -delete && \
     strip --strip-debug /opt/outrider/lib/python3*/site-packages/uvloop/*.so /opt/outrider/lib/python3*/site-packages/yaml/*.so && \
-    rm -rf /opt/outrider/lib/python3*/site-packages/kubernetes/aio /opt/outrider/lib/python3*/site-packages/services/engine/sample_draft
+    rm -rf /opt/outrider/lib/python3*/site-packages/kubernetes/aio /opt/outrider/lib/python3*/site-packages/services/engine/sample_draft /opt/outrider/lib/python3*/site-packages/services/engine/sample_head
 
 FROM ${BASE_IMAGE}
 RUN apt-get update && \

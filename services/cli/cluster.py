@@ -26,7 +26,7 @@ from services.cli.vocabulary import differ
 from services.common.drafters import LOOKUPS, needs_model, parse_chain
 
 SIMULATED = "simulated"
-SAMPLE, SAMPLE_DRAFT = "sample", "sample-draft"
+SAMPLE, SAMPLE_DRAFT, SAMPLE_HEAD = "sample", "sample-draft", "sample-head"
 DTYPES = ("float32", "bfloat16", "float16")
 _HOST = "127.0.0.1"
 _REDIS_TIMEOUT_S, _WORKER_TIMEOUT_S, _COORDINATOR_TIMEOUT_S = 10.0, 300.0, 30.0
@@ -48,7 +48,7 @@ class PoolSpec(NamedTuple):
 class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
 
-    `target` and `draft` are `sample`, `sample-draft`, a Hugging Face id, a directory, a GGUF file or `simulated`;
+    `target` and `draft` are `sample`, `sample-draft`, `sample-head`, a Hugging Face id, a directory, a GGUF file or `simulated`;
     `draft` counts for drafters with a model only. The simulated latencies count for simulated workers only.
     """
 
@@ -93,15 +93,19 @@ def _ports(first: int, number: int) -> tuple[int, ...]:
     return (first, *[0] * (number - 1))
 
 
-def default_draft(target: str) -> str:
-    """The draft model that is at hand for a target; empty where there is none."""
-    return {SAMPLE: SAMPLE_DRAFT, SIMULATED: SIMULATED}.get(target, "")
+def default_draft(target: str, drafter: str | None) -> str:
+    """The draft that is at hand for a target and, where one is asked for, a drafter; empty where there is none."""
+    if target == SAMPLE:
+        return SAMPLE_HEAD if drafter is None or "features" in parse_chain(drafter) else SAMPLE_DRAFT
+    return SIMULATED if target == SIMULATED else ""
 
 
 def default_drafter(target: str, draft: str) -> str:
-    """What usually pays: earlier text where it repeats, else the draft model if there is one."""
+    """What usually pays: earlier text where it repeats, else the draft if there is one."""
     if target == SIMULATED:
         return SIMULATED
+    if draft == SAMPLE_HEAD:
+        return "suffix,features"
     return "suffix,model" if draft else "ngram"
 
 

@@ -107,12 +107,13 @@ _CLUSTER_OPTIONS = (
     ),
     click.option(
         "--draft",
-        help="Draft model, for --drafter model and staged: as --target.  [default: sample-draft for the sample target]",
+        help="Draft model, for --drafter model, features, mtp and staged: as --target.  [default for the sample target: "
+        "sample-head with features, else sample-draft]",
     ),
     click.option(
         "--drafter",
         callback=_chain,
-        help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: suffix,model with the sample "
+        help=f"How tokens are proposed: {DRAFTER_HELP}.  [default: suffix,features with the sample "
         "target, simulated with a simulated one, else ngram; suffix,model with --draft]",
     ),
     click.option(
@@ -217,7 +218,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
         target, draft, drafter = (options.pop(name) for name in ("target", "draft", "drafter"))
         if options.pop("simulated"):
             target = SIMULATED
-        draft = draft or default_draft(target)
+        draft = draft or default_draft(target, drafter)
         spec = ClusterSpec(
             target=target,
             draft=draft,

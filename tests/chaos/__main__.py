@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.cli.bench.machine import environment
-from services.cli.cluster import SAMPLE, SAMPLE_DRAFT, SIMULATED, ClusterSpec
+from services.cli.cluster import SAMPLE, SAMPLE_HEAD, SIMULATED, ClusterSpec
 from tests.chaos.conductor import Conductor
 from tests.chaos.faults import DECK, faults
 from tests.chaos.fleet import Fleet, FleetSpec, running_fleet
@@ -74,7 +74,7 @@ SETUPS = {
     ),
     SAMPLE: Setup(
         FleetSpec(
-            ClusterSpec(target=SAMPLE, drafter="suffix,model", draft=SAMPLE_DRAFT, dtype="float32"),
+            ClusterSpec(target=SAMPLE, drafter="suffix,features", draft=SAMPLE_HEAD, dtype="float32"),
             target_timeout_s=20.0,
         ),
         num_clients=6,

@@ -53,7 +53,7 @@ class TrainingConfig:
     )
     start: str = setting(
         "",
-        "Trained draft of the same layers, or `sample-draft`, to start from in place of the target's.",
+        "Trained draft of the same layers, `sample-draft` or `sample-head` to start from in place of the target's.",
     )
     layers: str = setting("0", "Layers of the target that the draft starts from, say 0,29.")
     width: int = setting(0, "Hidden size of the draft; 0: the target's. Another starts from random layers.")

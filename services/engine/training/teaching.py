@@ -19,7 +19,7 @@ from services.engine import digest
 from services.engine.models import load_config, torch_device, torch_dtype
 from services.engine.mtp_draft import MtpOptions, load_mtp
 from services.engine.paged_model import EngineOptions, load_engine
-from services.engine.prepare import SAMPLE_DRAFT, SAMPLE_DRAFT_DIRECTORY
+from services.engine.prepare import SAMPLE_DRAFTS, sample_draft_directory
 from services.engine.progress import Reporter
 from services.engine.runners import Runner
 from services.engine.sampler import Sampler
@@ -109,7 +109,7 @@ class Teaching:
     def _start(self, ends: Ends) -> dict[str, torch.Tensor]:
         """Weights of the draft to start from, if there is one."""
         start = self._config.start
-        directory = SAMPLE_DRAFT_DIRECTORY if start == SAMPLE_DRAFT else Path(start)
+        directory = sample_draft_directory(start) if start in SAMPLE_DRAFTS else Path(start)
         return read_draft(directory, ends.digest) if start else {}
 
     def _student(self, config: Any, ends: Ends, head_ids: torch.Tensor) -> Student:

@@ -153,7 +153,9 @@ def test_a_draft_of_another_vocabulary_is_told_of_the_targets_unless_it_is_simul
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ("sample", "suffix,model", "sample-draft")),
+        ([], ("sample", "suffix,features", "sample-head")),
+        (["--draft", "sample-draft"], ("sample", "suffix,model", "sample-draft")),
+        (["--drafter", "features"], ("sample", "features", "sample-head")),
         (["--simulated"], ("simulated", "simulated", "simulated")),
         (["--target", "other"], ("other", "ngram", "")),
         (["--target", "other", "--draft", "small"], ("other", "suffix,model", "small")),

@@ -57,10 +57,12 @@ def wheel(monkeypatch: pytest.MonkeyPatch) -> Wheel:
     return fake
 
 
-def test_the_sample_draft_is_part_of_the_package(tmp_path: Path) -> None:
-    directory = resolve_model("sample-draft", tmp_path, Reporter())
-    assert json.loads((directory / "config.json").read_text())["outrider_draft"]["target"] == "sample"
-    assert display_name("sample-draft") == "smollm2-135m-instruct-draft"
+@pytest.mark.parametrize(("name", "kind"), [("draft", "model"), ("head", "features")])
+def test_the_sample_drafts_are_part_of_the_package(name: str, kind: str, tmp_path: Path) -> None:
+    directory = resolve_model(f"sample-{name}", tmp_path, Reporter())
+    config = json.loads((directory / "config.json").read_text())["outrider_draft"]
+    assert (config["target"], config["kind"]) == ("sample", kind)
+    assert display_name(f"sample-{name}") == f"smollm2-135m-instruct-{name}"
 
 
 def test_a_directory_is_used_as_it_is(tmp_path: Path) -> None:
