@@ -48,8 +48,8 @@ class PoolSpec(NamedTuple):
 class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
 
-    `target` and `draft` are `sample`, `sample-draft`, `sample-head`, a Hugging Face id, a directory, a GGUF file or `simulated`;
-    `draft` counts for drafters with a model only. The simulated latencies count for simulated workers only.
+    `target` and `draft` are `sample`, `sample-draft`, `sample-head`, a Hugging Face id, a directory, a GGUF file or
+    `simulated`; `draft` counts for drafters with a model only. The simulated latencies count for simulated workers only.
     """
 
     target: str = SAMPLE

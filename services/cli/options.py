@@ -107,8 +107,8 @@ _CLUSTER_OPTIONS = (
     ),
     click.option(
         "--draft",
-        help="Draft model, for --drafter model, features, mtp and staged: as --target.  [default for the sample target: "
-        "sample-head with features, else sample-draft]",
+        help="Draft model, for --drafter model, features, mtp and staged: as --target.  [default for the sample "
+        "target: sample-head with features, else sample-draft]",
     ),
     click.option(
         "--drafter",

@@ -217,6 +217,23 @@ def scale_rows(context, rows, factors, num_rows) -> Generated:
     return types.void(*[types.intp] * 3), generate
 
 
+@intrinsic
+def add_rows(context, rows, factors, others, other_factors, num_rows) -> Generated:
+    """rows[i] = rows[i] * factors + others[i] * other_factors for i < num_rows; float32 (num_rows, LANES)."""
+
+    def generate(context, builder, signature, arguments):
+        rows, factors, others, other_factors, num_rows = arguments
+        factor, other_factor = _load(builder, factors, _size(0)), _load(builder, other_factors, _size(0))
+        with cgutils.for_range(builder, num_rows) as loop:
+            at = builder.mul(loop.index, _size(LANES))
+            scaled = builder.fmul(_load(builder, rows, at), factor)
+            other = builder.fmul(_load(builder, others, at), other_factor)
+            _store(builder, builder.fadd(scaled, other), rows, at)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), generate
+
+
 def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """As `exp`, of a vector."""
 

@@ -12,9 +12,10 @@ products nor maxima are ever summed across lanes:
     mixed  (dim, lanes)  += values (keys, dim)^T @ weights (keys, lanes)
 
 Its threads are torch's own (services.engine.cpu.team): others would have to share the cores with those that wait for
-torch's next product. A unit is a key head of a sequence, with as many of its queries as there are lanes. What the units
-may see is laid end to end and cut into equal parts, one a thread; where a cut falls within a unit, the parts are joined
-by their maxima and sums (Dao et al. 2023, Flash-Decoding).
+torch's next product. A unit is a key head of a sequence, with as many of its queries as there are lanes. What it sees
+is cut into chunks at fixed positions; each thread takes its share of all chunks, and those of a unit are joined by
+their maxima and sums, in their order (Dao et al. 2023, Flash-Decoding). So what comes out for a row depends on nothing
+but the row and what it sees: not on the number of threads, the rows beside it, or other sequences.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from services.engine.cpu.arithmetic import (
     KEYS_AT_ONCE,
     LANES,
     SUMS,
+    add_rows,
     add_values,
     exp,
     exponentiate,
@@ -48,6 +50,8 @@ from services.engine.cpu.team import Team
 
 _TILE = 32
 """Keys that are taken at a time: with their values, scores and queries they fit into the nearest cache."""
+_CHUNK = 256
+"""Positions that one thread attends to, in one go."""
 _LOWEST = np.float32(-3e38)
 
 _CALL = np.dtype(
@@ -125,22 +129,22 @@ def _store(heads, num_heads, cos, signed_sin, slots, keys, values):
 
 
 @njit(nogil=True, error_model="numpy")
-def _unit_size(positions, starts, s, fold, window):
-    """Of sequence s: the first position that its rows see, how many, and its units a key head."""
+def _extent(positions, starts, s, fold, window):
+    """Of sequence s: the first chunk that its rows see, the end of the last, and its units a key head."""
     first = max(0, positions[starts[s]] + 1 - window) if window else 0
     num_queries = (starts[s + 1] - starts[s]) * fold
-    return first, positions[starts[s + 1] - 1] + 1 - first, (num_queries + LANES - 1) // LANES
+    return first // _CHUNK, positions[starts[s + 1] - 1] + 1, (num_queries + LANES - 1) // LANES
 
 
 @njit(nogil=True, error_model="numpy")
 def _totals(positions, starts, num_kv_heads, fold, window):
-    """Of a step: its units, and what they see, all together."""
-    num_units = total = 0
+    """Of a step: the chunks of all units, and their positions."""
+    num_chunks = num_positions = 0
     for s in range(len(starts) - 1):
-        _, num_visible, num_groups = _unit_size(positions, starts, s, fold, window)
-        num_units += num_groups * num_kv_heads
-        total += num_visible * num_groups * num_kv_heads
-    return num_units, total
+        first, end, num_groups = _extent(positions, starts, s, fold, window)
+        num_chunks += ((end + _CHUNK - 1) // _CHUNK - first) * num_groups * num_kv_heads
+        num_positions += (end - first * _CHUNK) * num_groups * num_kv_heads
+    return num_chunks, num_positions
 
 
 @njit(nogil=True, error_model="numpy")
@@ -164,53 +168,56 @@ def _attend_part(
     softcap,
     window,
 ):
-    """One of the parts; what it finds of a unit comes into row unit + part of `maxima`, `sums` and `mixed`."""
+    """The chunks that begin in one of as many equal parts of all their positions; what is found of a chunk comes into
+    its row of `maxima`, `sums` and `mixed`."""
     num_kv_heads, dim = keys.shape[1:]
-    fold, unit, offset = num_heads // num_kv_heads, 0, 0
+    fold, row, offset = num_heads // num_kv_heads, 0, 0
     _, total = _totals(positions, starts, num_kv_heads, fold, window)
     start, stop = total * part // num_parts, total * (part + 1) // num_parts
     queries, turned, lasts = np.zeros((dim, LANES), np.float32), np.empty(dim, np.float32), np.zeros(LANES, np.int64)
     scores, tile = np.empty((_TILE, LANES), np.float32), np.zeros((_TILE, mixed.shape[1]), np.float32)
     for s in range(len(starts) - 1):
-        first, num_visible, num_groups = _unit_size(positions, starts, s, fold, window)
+        first_chunk, end, num_groups = _extent(positions, starts, s, fold, window)
         for head in range(num_kv_heads):
             for group in range(num_groups):
-                low, high = max(start - offset, 0), min(stop - offset, num_visible)
-                if low < high:
-                    lane = 0
-                    for n in range(group * LANES, min((group + 1) * LANES, (starts[s + 1] - starts[s]) * fold)):
-                        t = starts[s] + n // fold
-                        _turn(heads[t, head * fold + n % fold], cos[t], signed_sin[t], scale, turned)
-                        for i in range(dim):
-                            queries[i, lane] = turned[i]
-                        lasts[lane] = positions[t]
-                        lane += 1
-                    row = unit + part
-                    _attend_unit(
-                        queries,
-                        lasts,
-                        lane,
-                        tables[s],
-                        block_size,
-                        keys,
-                        values,
-                        head,
-                        first + low,
-                        first + high,
-                        maxima[row],
-                        sums[row],
-                        mixed[row],
-                        scores,
-                        tile,
-                        softcap,
-                        window,
-                    )
-                offset += num_visible
-                unit += 1
+                num_lanes = 0
+                for first in range(first_chunk * _CHUNK, end, _CHUNK):
+                    chunk_end = min(first + _CHUNK, end)
+                    if start <= offset < stop:
+                        if not num_lanes:
+                            begin = group * LANES
+                            for n in range(begin, min(begin + LANES, (starts[s + 1] - starts[s]) * fold)):
+                                t = starts[s] + n // fold
+                                _turn(heads[t, head * fold + n % fold], cos[t], signed_sin[t], scale, turned)
+                                for i in range(dim):
+                                    queries[i, n - begin] = turned[i]
+                                lasts[n - begin] = positions[t]
+                                num_lanes += 1
+                        _attend_chunk(
+                            queries,
+                            lasts,
+                            num_lanes,
+                            tables[s],
+                            block_size,
+                            keys,
+                            values,
+                            head,
+                            first,
+                            chunk_end,
+                            maxima[row],
+                            sums[row],
+                            mixed[row],
+                            scores,
+                            tile,
+                            softcap,
+                            window,
+                        )
+                    offset += chunk_end - first
+                    row += 1
 
 
 @njit(nogil=True, error_model="numpy")
-def _attend_unit(
+def _attend_chunk(
     queries,
     lasts,
     num_lanes,
@@ -331,44 +338,34 @@ def _unweigh(weights, begin, num_keys, lasts, num_lanes, window, sums):
 
 
 @njit(nogil=True, error_model="numpy")
-def _join(num_parts, positions, starts, num_kv_heads, window, maxima, sums, mixed, out):
-    """Adds up what the parts found of each unit."""
-    fold, unit, offset, first_part = out.shape[1] // num_kv_heads, 0, 0, 0
-    _, total = _totals(positions, starts, num_kv_heads, fold, window)
+def _join(positions, starts, num_kv_heads, window, maxima, sums, mixed, out):
+    """Adds up each unit's chunks, one after the other."""
+    fold, row, factors = out.shape[1] // num_kv_heads, 0, np.empty((2, LANES), np.float32)
     for s in range(len(starts) - 1):
-        _, num_visible, num_groups = _unit_size(positions, starts, s, fold, window)
+        first_chunk, end, num_groups = _extent(positions, starts, s, fold, window)
+        num_chunks = (end + _CHUNK - 1) // _CHUNK - first_chunk
         for head in range(num_kv_heads):
             for group in range(num_groups):
-                end = offset + num_visible
-                while total * (first_part + 1) // num_parts <= offset:
-                    first_part += 1
-                row, part = unit + first_part, first_part + 1
-                while part < num_parts and total * part // num_parts < end:
-                    if total * part // num_parts < total * (part + 1) // num_parts:
-                        _add(unit + part, row, maxima, sums, mixed)
-                    part += 1
+                for chunk in range(1, num_chunks):
+                    _add(row + chunk, row, maxima, sums, mixed, factors)
                 begin = group * LANES
                 for n in range(begin, min(begin + LANES, (starts[s + 1] - starts[s]) * fold)):
-                    lane = n - begin
-                    target, share = (
-                        out[starts[s] + n // fold, head * fold + n % fold],
-                        np.float32(1.0) / sums[row, lane],
-                    )
+                    target, lane = out[starts[s] + n // fold, head * fold + n % fold], n - begin
+                    share = np.float32(1.0) / sums[row, lane]
                     for i in range(out.shape[2]):
                         put(target, i, mixed[row, i, lane] * share)
-                offset = end
-                unit += 1
+                row += num_chunks
 
 
 @njit(nogil=True, error_model="numpy")
-def _add(other, row, maxima, sums, mixed):
+def _add(other, row, maxima, sums, mixed, factors):
     for lane in range(LANES):
         highest = maxima[other, lane] if maxima[other, lane] > maxima[row, lane] else maxima[row, lane]
-        weight, other_weight = exp(maxima[row, lane] - highest), exp(maxima[other, lane] - highest)
+        factors[0, lane], factors[1, lane] = exp(maxima[row, lane] - highest), exp(maxima[other, lane] - highest)
         maxima[row, lane] = highest
-        sums[row, lane] = sums[row, lane] * weight + sums[other, lane] * other_weight
-        for i in range(mixed.shape[1]):
-            mixed[row, i, lane] = mixed[row, i, lane] * weight + mixed[other, i, lane] * other_weight
+    one, another = factors[0].ctypes.data, factors[1].ctypes.data
+    add_rows(sums[row].ctypes.data, one, sums[other].ctypes.data, another, 1)
+    add_rows(mixed[row].ctypes.data, one, mixed[other].ctypes.data, another, mixed.shape[1])
 
 
 def compile_attention(stored: type[np.generic], is_cached: bool, team: Team) -> Callable[..., None]:
@@ -437,9 +434,8 @@ def compile_attention(stored: type[np.generic], is_cached: bool, team: Team) -> 
     ):
         all_positions = carray(pointer(positions), (num_tokens,), np.int64)
         all_starts = carray(pointer(starts), (num_sequences + 1,), np.int64)
-        num_units, _ = _totals(all_positions, all_starts, num_kv_heads, num_heads // num_kv_heads, window)
-        num_parts = num_parts if fork else 1
-        num_rows, shape = num_units + num_parts, (num_tokens, dim if cos else 0)
+        num_rows, _ = _totals(all_positions, all_starts, num_kv_heads, num_heads // num_kv_heads, window)
+        num_parts, shape = num_parts if fork else 1, (num_tokens, dim if cos else 0)
         maxima, sums = np.empty((num_rows, LANES), np.float32), np.empty((num_rows, LANES), np.float32)
         mixed = np.empty((num_rows, _padded(dim), LANES), np.float32)
         _store(
@@ -466,7 +462,6 @@ def compile_attention(stored: type[np.generic], is_cached: bool, team: Team) -> 
         else:
             attend_parts(call, 0, 1)
         _join(
-            num_parts,
             all_positions,
             all_starts,
             num_kv_heads,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import ModelUnsupported
-from services.engine.cpu import kernel_step
+from services.engine.cpu import attention, kernel_step
 from services.engine.cpu.kernel_step import KernelStep, num_for_kernel
 from services.engine.cpu.loading import load_kernels
 from services.engine.kv_pool import KvPool, LayerShape
@@ -251,3 +251,25 @@ def test_kernels_are_compiled_where_nothing_can_be_kept(tmp_path: Path, monkeypa
     hidden, weight, out = torch.tensor([[3.0, 4.0]]), torch.ones(2), torch.zeros(1, 2)
     kernels.add_rms_norm(hidden.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 1, 2, 0.0)
     torch.testing.assert_close(out, torch.tensor([[0.6, 0.8]]))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_whatever_is_computed_beside_it(dtype: torch.dtype, window: int | None) -> None:
+    """Else plain and speculative decoding would part at near-ties."""
+    call, tables = LayerCall(0, None, window, None), [list(range(0, 200, 2)), list(range(1, 200, 2))]
+    cached = attention._CHUNK - 3
+    beside = Work(sequence([1] * 330, 321, tables[1]), 9, None, 1)
+    together = [Work(sequence([1] * (cached + 5), cached, tables[0]), 5, None, 1), beside]
+    both = Attentions(together, dtype, 9, 3, 16)
+    embeddings = both.embeddings()
+    expected, _ = both.both(call, embeddings, 3)
+    for row in range(5):
+        work = Work(sequence([1] * (cached + row + 1), cached + row, tables[0]), 1, None, 1)
+        alone = Attentions([work], dtype, 9, 3, 16)
+        for pool, filled in zip(alone.pools, both.pools, strict=True):
+            for stored, content in zip(pool.layer(0), filled.layer(0), strict=True):
+                stored.copy_(content[: len(stored)])
+        alone.heads = both.heads[row : row + 1].contiguous()
+        found, _ = alone.both(call, tuple(table[:, row : row + 1] for table in embeddings), 2)
+        assert torch.equal(found[0], expected[row])
