@@ -49,7 +49,8 @@ class ClusterSpec:
     """What to start. Ports of 0 are chosen by the system.
 
     `target` and `draft` are `sample`, `sample-draft`, `sample-head`, a Hugging Face id, a directory, a GGUF file or
-    `simulated`; `draft` counts for drafters with a model only. The simulated latencies count for simulated workers only.
+    `simulated`; `draft` counts for drafters with a model only. The simulated latencies count for simulated workers
+    only.
     """
 
     target: str = SAMPLE
@@ -122,11 +123,10 @@ class ThreadSplit(NamedTuple):
 
 
 def split_threads(num_cores: int, drafter: str, num_targets: int = 1, num_drafts: int = 1) -> ThreadSplit:
-    """Drafters with a model get a quarter of the cores, the targets the rest; else the targets get all."""
-    if not needs_model(parse_chain(drafter)):
-        return ThreadSplit(target=max(1, num_cores // num_targets), draft=1)
-    draft = max(1, num_cores // 4)
-    return ThreadSplit(target=max(1, (num_cores - draft) // num_targets), draft=max(1, draft // num_drafts))
+    """The targets get all cores, and drafters with a model a quarter of them, in turn more often than at once: while
+    both compute, each engine finds out how many threads are best (services.engine.thread_choice)."""
+    draft = num_cores // 4 if needs_model(parse_chain(drafter)) else 1
+    return ThreadSplit(target=max(1, num_cores // num_targets), draft=max(1, draft // num_drafts))
 
 
 def child_environment(threads: int) -> dict[str, str]:

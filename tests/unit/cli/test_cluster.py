@@ -43,9 +43,9 @@ SIMULATED = ClusterSpec(target="simulated", drafter="simulated", num_draft_token
         (1, "ngram", (1, 1)),
         (2, "ngram", (2, 1)),
         (1, "model", (1, 1)),
-        (2, "model", (1, 1)),
-        (16, "model", (12, 4)),
-        (4, "suffix,model", (3, 1)),
+        (2, "model", (2, 1)),
+        (16, "model", (16, 4)),
+        (4, "suffix,model", (4, 1)),
         (4, "suffix", (4, 1)),
     ],
 )
@@ -54,7 +54,7 @@ def test_threads_are_split_between_what_computes(cores, drafter, split):
 
 
 def test_several_workers_share_the_threads_and_take_free_ports():
-    assert split_threads(16, "model", num_targets=3, num_drafts=2) == (4, 2)
+    assert split_threads(16, "model", num_targets=3, num_drafts=2) == (5, 2)
     assert split_threads(2, "ngram", num_targets=3, num_drafts=3) == (1, 1)
     spec = dataclasses.replace(SIMULATED, num_targets=3, num_drafts=2, target_port=50053, draft_port=50052)
     assert spec.target_ports == (50053, 0, 0)
