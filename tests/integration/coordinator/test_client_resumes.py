@@ -211,7 +211,8 @@ async def test_a_redis_that_is_away_for_a_while_costs_new_generations_a_pause(
 async def test_a_lone_target_that_is_away_for_longer_than_the_coordinator_waits_costs_a_pause(
     start_cluster: StartCluster,
 ) -> None:
-    async with start_cluster(target=UNHURRIED, target_retry_s=0.1) as cluster:
+    slow = replace(UNHURRIED, simulated_step_ms=20.0)  # a stopped server lets its streams go on for a second
+    async with start_cluster(target=slow, target_retry_s=0.1) as cluster:
         long = replace(OPTIONS, max_tokens=450)
         whole = await undisturbed(cluster, long)
         async with OutriderClient(f"127.0.0.1:{cluster.coordinator.port}") as client:
@@ -220,7 +221,7 @@ async def test_a_lone_target_that_is_away_for_longer_than_the_coordinator_waits_
             assert await wait_until(lambda: len(seen.token_ids) >= 30, 10, 0.005)
             await cluster.target.server.__aexit__(None, None, None)
             assert await wait_until(lambda: not cluster.coordinator.coordinator.num_running, 10, 0.005)
-            async with running_target(replace(UNHURRIED, port=cluster.target.port)):
+            async with running_target(replace(slow, port=cluster.target.port)):
                 await asyncio.wait_for(reading, 20)
     assert (seen.token_ids, seen.text) == (whole.token_ids, whole.text)
     assert generation.result.num_resumptions >= 1
